@@ -1,0 +1,62 @@
+"""qwen2: Qwen2 and Qwen2.5. As llama, with biases on Q, K and V and RoPE on halves of a head.
+
+Source: arXiv 2407.10671.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from edgert.architectures import layers
+from edgert.architectures.base import (
+    Architecture,
+    Block,
+    StepInputs,
+    TensorSpec,
+    Weights,
+    read_hyperparameters,
+)
+from edgert.ggml.graph import ROPE_NEOX, Graph, Tensor
+from edgert.gguf.model_file import ModelFile
+
+
+@final
+class Qwen2(Architecture):
+    def __init__(self, model: ModelFile) -> None:
+        self.hp = read_hyperparameters(model, ROPE_NEOX)
+        self._tied = "output.weight" not in model.tensors
+
+    def specs(self, block: Block) -> tuple[TensorSpec, ...]:
+        match block.kind:
+            case "embedding":
+                return layers.embedding_specs(self.hp)
+            case "attention":
+                return layers.attention_specs(self.hp, block.layer)
+            case "ffn":
+                return layers.ffn_specs(self.hp, block.layer)
+            case "output":
+                return layers.output_specs(self.hp, tied=self._tied)
+
+    def layer_kind(self, layer: int) -> str:
+        return "qwen2"
+
+    def embed(self, g: Graph, w: Weights, token_ids: Tensor) -> Tensor:
+        return g.get_rows(w["token_embd.weight"], token_ids)
+
+    def attention(self, g: Graph, layer: int, w: Weights, x: Tensor, inputs: StepInputs) -> Tensor:
+        x = g.rms_norm(x, w["attn_norm.weight"], self.hp.rms_eps)
+        q, k, v = layers.project_heads(g, w, x, self.hp.head_dim)
+        q, k = (g.rope(t, inputs.positions, self.hp.rope) for t in (q, k))
+        return layers.attend(g, layer, w, q, k, v, inputs)
+
+    def add_attention(self, g: Graph, layer: int, w: Weights, x: Tensor, summed: Tensor) -> Tensor:
+        return g.add(summed, x)
+
+    def ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> Tensor:
+        return layers.gated_ffn(g, w, g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps), "silu")
+
+    def add_ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, summed: Tensor) -> Tensor:
+        return g.add(summed, x)
+
+    def output(self, g: Graph, w: Weights, x: Tensor) -> Tensor:
+        return layers.output_head(g, w, x, self.hp.rms_eps)

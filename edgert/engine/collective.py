@@ -1,0 +1,31 @@
+"""The seam between ranks: summing the partial results of a block.
+
+Contract: `all_reduce(partial)` gives the sum over all ranks, added in rank order, so that every rank holds the same
+bits. It blocks until the sum is there or a deadline passes, and then raises a typed error. Every rank calls it the
+same number of times in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from edgert.ggml.graph import Tensor
+
+
+class Collective(Protocol):
+    world_size: int
+    rank: int
+
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        """The sum of every rank's `partial`, which may be overwritten."""
+        ...
+
+
+class Solo:
+    """One rank: the sum is the part itself."""
+
+    world_size = 1
+    rank = 0
+
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        return partial

@@ -1,0 +1,58 @@
+"""The seam through which the engine gets weights.
+
+Contract: inside `with source.lease(block, phase) as weights:` the block's bytes are in memory, at the addresses that
+the tensors name; after it they may be overwritten. Leases do not nest. `hint(blocks)` names blocks that will be leased
+soon, in order; the source may start reading them and may ignore it. A failing read raises a typed error from
+`lease`, never from later. `phase` chooses between layouts where a source holds two; it never changes what is computed
+beyond what DESIGN.md calls equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.architectures.base import Block, Weights
+from edgert.engine.batch import Phase
+
+
+class Leases(Protocol):
+    """What one pass through the model asks of a source."""
+
+    n_output_parts: int
+    """The output head comes as this many blocks ("output", part), each some rows of it in order."""
+
+    def lease_embedding(self, token_ids: NDArray[np.int32],
+                        phase: Phase) -> AbstractContextManager[tuple[Weights, NDArray[np.int32]]]:
+        """The embedding table, or a small one with the rows of these tokens; and each token's row in it. A resident
+        source gives the table and the token ids."""
+        ...
+
+    def lease(self, block: Block, phase: Phase) -> AbstractContextManager[Weights]: ...
+
+
+class WeightSource(Leases, Protocol):
+    resident: bool
+    """Every block stays at one address for as long as the source is open."""
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Memory of the weights that stay."""
+        ...
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that were read from disk so far because they do not stay."""
+        ...
+
+    def plan(self) -> dict[str, Any]:
+        """What lies where, for people and for `--json`."""
+        ...
+
+    def hint(self, blocks: Sequence[Block]) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,313 @@
+"""Composes everything: a model file, its text side, a plan for its weights, and the engine.
+
+The only module that knows all parts. `Runtime.load` opens; `generate` and `chat` answer; `close` gives all back.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from edgert.architectures.base import MAX_CONTEXT, Architecture
+from edgert.architectures.registry import open_architecture
+from edgert.cpu import usable_cores
+from edgert.engine.blockwise import BlockwiseGraphs
+from edgert.engine.engine import Engine
+from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache, KVType, kv_bytes_per_token
+from edgert.engine.layouts import LayoutChoice, choose_layouts
+from edgert.engine.resident import ResidentWeights
+from edgert.engine.trace import OFF, Trace
+from edgert.errors import ContextOverflow, ModelFileError, TemplateError, UsageError
+from edgert.generation import Generation
+from edgert.ggml.backend import Backend
+from edgert.ggml.library import load_libraries
+from edgert.gguf.model_file import ModelFile
+from edgert.memory.probe import MemoryProbe
+from edgert.models.catalog import Catalog
+from edgert.paths import Paths
+from edgert.text.sampler import Sampler, SamplingParams
+from edgert.text.stream import TextStream
+from edgert.text.template import ChatTemplate, Message
+from edgert.text.tokenizer import Tokenizer
+from edgert.text.vocabulary_header import has_vocabulary
+from edgert.units import parse_bytes
+
+if TYPE_CHECKING:
+    from edgert.text.constraint import Constraint, Constraints, JSONSchema
+
+_log = logging.getLogger(__name__)
+# Without --context: as much as the model was trained for, up to this. KV takes memory only as it fills.
+DEFAULT_CONTEXT_LENGTH = 8192
+_MIN_CONTEXT_LENGTH, _MAX_BATCH = 8, 8192
+_MAX_THREADS = 512  # GGML_MAX_N_THREADS; libgomp crashes on many more
+# Within a budget and without --context, the KV cache gets this share, weights the rest; but never fewer tokens.
+_KV_SHARE, _MIN_DEFAULT_CONTEXT = 0.125, 1024
+# Beside weights and KV: interpreter, libraries, vocabulary and compute buffers of a large vocabulary.
+_RESIDENT_OVERHEAD_BYTES = 192 * 2**20
+# Other programs' memory is not ours to push out.
+_SHARE_OF_AVAILABLE = 0.9
+
+
+class Runtime:
+    """One model, ready to answer. One request at a time; `Generation.cancel` may come from any thread."""
+
+    def __init__(self, model: ModelFile, engine: Engine, tokenizer: Tokenizer | None, budget_bytes: int | None,
+                 trace: Trace) -> None:
+        self.model, self.engine, self.tokenizer, self._trace = model, engine, tokenizer, trace
+        self._budget_bytes = budget_bytes
+        self._template: ChatTemplate | None = None
+        self._kv_token_ids: list[int] = []  # what the KV cache holds
+        self._running: Generation | None = None
+        self._closed = False
+        self._constraints: Constraints | None = None
+
+    @classmethod
+    def load(cls, model: str | Path, *, memory: str | int | None = None, context: int | None = None,
+             threads: int | None = None, batch: int = 512, kv_type: KVType = "f16",
+             layout: LayoutChoice = "auto", models_dirs: Sequence[Path] = (), trace: Path | None = None) -> Self:
+        """Open a model: a path, a name that `edgert list` shows, or `user/repo:quant`.
+
+        `memory` (bytes, or a text such as "600M") is a budget for the whole process; weights that it does not hold
+        stream from disk. Without it, the budget is what the machine or the control group has left. `context` and
+        `batch` count tokens. Memory without a budget: the file's pages (shared with the page cache), a repacked copy
+        of the matrices that compute faster so, the KV cache as it fills, and the compute buffer.
+        Raises ModelNotFound, ModelFileError, OutOfMemory (BudgetTooSmall), UsageError, NativeLibraryError.
+        """
+        paths, tracer = Paths.of_user(), Trace(trace) if trace else OFF
+        path = Catalog(paths, models_dirs).find(str(model))
+        with tracer.span("header", "load"):
+            file = ModelFile.open(path)
+        options = EngineOptions(None if memory is None else parse_bytes(memory), context, threads or usable_cores(),
+                                batch, kv_type, layout)
+        load_libraries()
+        with ThreadPoolExecutor(1, "vocabulary") as pool:  # 0.3 s for 150k tokens, beside the weights
+            vocabulary = pool.submit(_open_tokenizer, file, tracer)
+            if options.memory_bytes is not None:
+                vocabulary.result()  # a budget must know what it takes
+            with tracer.span("weights", "load"):
+                engine = open_engine(file, paths, options, tracer)
+            try:
+                tokenizer = vocabulary.result()
+                _check_vocabulary(file, tokenizer, engine.arch)
+                return cls(file, engine, tokenizer, options.memory_bytes, tracer)
+            except BaseException:
+                engine.close()
+                raise
+
+    @property
+    def context_length(self) -> int:
+        return self.engine.kv.context_length
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the file brings a chat template."""
+        return self.tokenizer is not None and self.model.has("tokenizer.chat_template")
+
+    def tokenize(self, text: str | bytes, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids; `add_special` adds the begin token as the vocabulary says, `parse_special` takes `<|im_end|>`
+        and its like as the tokens that they name."""
+        return self._required_tokenizer().encode(text, add_special=add_special, parse_special=parse_special)
+
+    def _required_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UsageError(f"{self.model.path.name} has no vocabulary", "Give token ids instead of text.")
+        return self.tokenizer
+
+    def generate(self, prompt: str | bytes | Sequence[int], *, max_tokens: int | None = None,
+                 sampling: SamplingParams | None = None, stop: Sequence[str] = (),
+                 json_schema: JSONSchema | None = None, grammar: str | None = None) -> Generation:
+        """Continue a text (taken as it is, no template) or token ids.
+
+        `max_tokens` None goes on until the model ends or the context is full. `json_schema` (its text, or a dict) or
+        `grammar` (GBNF) says what the answer must look like. Tokens that the KV cache holds from the request before
+        are not computed again. Raises UsageError for an empty prompt, ContextOverflow for a long one, GrammarError.
+        """
+        prompt_ids = self.tokenize(prompt) if isinstance(prompt, (str, bytes)) else [index(one) for one in prompt]
+        self._check(prompt_ids, max_tokens)
+        constraint = self._constraint(json_schema, grammar)
+        self._reuse_prefix(prompt_ids)
+        tokenizer = self.tokenizer
+        self._running = Generation(
+            self.engine, prompt_ids, Sampler(sampling or SamplingParams(), self.engine.arch.hp.vocab_size),
+            TextStream(tokenizer.piece if tokenizer else lambda _: b"", stop), max_tokens=max_tokens,
+            is_end=tokenizer.is_end_of_generation if tokenizer else lambda _: False,
+            on_tokens=self._kv_token_ids.extend, constraint=constraint)
+        return self._running
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+        """Answer a conversation through the file's chat template. Options as for `generate`; raises TemplateError."""
+        return self.generate(self.render(messages), **options)
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins."""
+        if not self.has_template or self.tokenizer is None:
+            raise TemplateError(str(self.model.path), "the file has none")
+        if self._template is None:
+            self._template = ChatTemplate(self.model.get_str("tokenizer.chat_template"), path=str(self.model.path),
+                                          bos_token=self.tokenizer.bos_text, eos_token=self.tokenizer.eos_text)
+        text = self._template.render(messages)
+        has_bos = bool(self.tokenizer.bos_text) and text.startswith(self.tokenizer.bos_text)
+        return self.tokenize(text, add_special=not has_bos)
+
+    def _constraint(self, json_schema: JSONSchema | None, grammar: str | None) -> Constraint | None:
+        if json_schema is None and grammar is None:
+            return None
+        from edgert.text.constraint import Constraints  # 40 ms and 5 MiB that most answers do not need
+
+        if self._constraints is None:
+            self._constraints = Constraints(self._required_tokenizer(), self.engine.arch.hp.vocab_size)
+        return self._constraints.make(json_schema=json_schema, grammar=grammar)
+
+    def _check(self, prompt_ids: list[int], max_tokens: int | None) -> None:
+        hp, context_length = self.engine.arch.hp, self.context_length
+        if self._closed:
+            raise UsageError(f"{self.model.path.name} is closed", "Load it again.")
+        if not prompt_ids:
+            raise UsageError("the prompt is empty", "Give a text as argument, with --prompt-file or on standard input.")
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}", "Ask for at least one token.")
+        if not all(0 <= token_id < hp.vocab_size for token_id in prompt_ids):
+            raise UsageError("a token id is not in the vocabulary", f"Ids go from 0 to {hp.vocab_size - 1}.")
+        if len(prompt_ids) >= context_length:  # the answer needs room for a token
+            raise ContextOverflow(len(prompt_ids), context_length, hp.context_length)
+        if self._running is not None and self._running.finish_reason is None:
+            self._running.close()  # its reader has gone
+
+    def _reuse_prefix(self, prompt_ids: list[int]) -> None:
+        """Keep the KV of the tokens that the prompt begins with; at least its last token is computed again."""
+        held = self._kv_token_ids
+        n_common = next((i for i, (a, b) in enumerate(zip(held, prompt_ids, strict=False)) if a != b),
+                        min(len(held), len(prompt_ids)))
+        n_kept = min(n_common, len(prompt_ids) - 1)
+        del held[n_kept:]
+        self.engine.kv.truncate(n_kept)
+
+    def memory(self) -> dict[str, int | None]:
+        """Bytes: what is pinned, what was streamed so far, what the KV cache holds, and the process's peak."""
+        weights, kv = self.engine.weights, self.engine.kv
+        return {"budget_bytes": self._budget_bytes, "peak_rss_bytes": peak_rss_bytes(),
+                "pinned_bytes": weights.pinned_bytes, "streamed_bytes": weights.streamed_bytes,
+                "kv_resident_bytes": kv.size_bytes // kv.n_cells * kv.length, "kv_selected_tokens": None,
+                "compute_bytes": self.engine.compute_bytes}
+
+    def plan(self) -> dict[str, Any]:
+        """How this model runs here."""
+        return {**self.engine.weights.plan(), "threads": self.engine.backend.n_threads,
+                "batch": self.engine.batch_size, "context_length": self.context_length}
+
+    def close(self) -> None:
+        """Give everything back. Safe to call twice."""
+        if self._running is not None and self._running.finish_reason is None:
+            self._running.close()
+        self._closed = True
+        self.engine.close()
+        if self.tokenizer is not None:
+            self.tokenizer.close()
+        self._trace.save()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open_tokenizer(file: ModelFile, trace: Trace) -> Tokenizer | None:
+    """The file's tokenizer; None where it has no vocabulary."""
+    if not has_vocabulary(file):
+        return None
+    with trace.span("vocabulary", "load"):
+        return Tokenizer.open(file.path)
+
+
+def _check_vocabulary(file: ModelFile, tokenizer: Tokenizer | None, arch: Architecture) -> None:
+    """As llama.cpp, refuse a file whose tokens are not those of its embedding table: a sampled id must be a token."""
+    if tokenizer is not None and tokenizer.n_tokens != arch.hp.vocab_size:
+        tokenizer.close()
+        raise ModelFileError(str(file.path), f"the vocabulary has {tokenizer.n_tokens} tokens, the embedding table "
+                             f"{arch.hp.vocab_size}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to open an engine: bytes or None for what is left, tokens or None for the default, and layouts."""
+
+    memory_bytes: int | None = None
+    context: int | None = None
+    n_threads: int = 1
+    batch_size: int = 512
+    kv_type: KVType = "f16"
+    layout: LayoutChoice = "auto"
+
+
+def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Trace = OFF) -> Engine:
+    """The engine for a file: resident where everything fits, streaming where it does not."""
+    arch = open_architecture(file)
+    batch_size, context_length = options.batch_size, _context_length(arch, options)
+    if not 1 <= batch_size <= _MAX_BATCH:
+        raise UsageError(f"--batch {batch_size} is not between 1 and {_MAX_BATCH}")
+    if not 1 <= options.n_threads <= _MAX_THREADS:
+        raise UsageError(f"--threads {options.n_threads} is not between 1 and {_MAX_THREADS}")
+    with ExitStack() as opened:
+        backend = Backend(options.n_threads)
+        opened.callback(backend.close)
+        kv = DenseKVCache(backend, arch.hp, context_length, options.kv_type)
+        opened.callback(kv.close)
+        engine = _compose(file, arch, backend, kv, paths, options, trace)
+        opened.pop_all()
+    return engine
+
+
+def _compose(file: ModelFile, arch: Architecture, backend: Backend, kv: DenseKVCache, paths: Paths,
+             options: EngineOptions, trace: Trace) -> Engine:
+    budget_bytes, batch_size, probe = options.memory_bytes, options.batch_size, MemoryProbe()
+    needed_bytes = file.file_bytes + kv.size_bytes + _RESIDENT_OVERHEAD_BYTES
+    left_bytes = probe.process_bytes() + int(probe.available_bytes() * _SHARE_OF_AVAILABLE)
+    if needed_bytes > (left_bytes if budget_bytes is None else budget_bytes):
+        from offload.loading import open_window
+
+        graphs = BlockwiseGraphs(backend, arch, kv)
+        try:
+            weights = open_window(backend, file, arch, kv, graphs, budget_bytes or left_bytes, batch_size=batch_size,
+                                  probe=probe, trace=trace)
+        except BaseException:
+            graphs.close()
+            raise
+        return Engine(arch, weights, kv, backend, batch_size=batch_size, graphs=graphs, trace=trace)
+    # Within a budget weights are as the file holds them, resident or streamed: the budget never changes an answer.
+    layout = "plain" if budget_bytes is not None and options.layout == "auto" else options.layout
+    matrices = frozenset(t.type.id for t in file.tensors.values() if len(t.shape) > 1)
+    layouts = choose_layouts(layout, backend, matrices, paths.cache / "layouts.json")
+    _log.info("repacked tensor types: %s", {phase: sorted(types) for phase, types in layouts.repacked.items()})
+    return Engine(arch, ResidentWeights(backend, file, arch, layouts), kv, backend, batch_size=batch_size, trace=trace)
+
+
+def _context_length(arch: Architecture, options: EngineOptions) -> int:
+    trained = arch.hp.context_length
+    if options.context is None:
+        length = min(trained, DEFAULT_CONTEXT_LENGTH)
+        if options.memory_bytes is None:
+            return length
+        affordable = int(options.memory_bytes * _KV_SHARE) // kv_bytes_per_token(arch.hp, options.kv_type)
+        return min(length, max(_MIN_DEFAULT_CONTEXT, affordable // CELLS_PER_BUCKET * CELLS_PER_BUCKET))
+    if options.context < _MIN_CONTEXT_LENGTH:
+        raise UsageError(f"a context of {options.context} tokens holds nothing", f"At least {_MIN_CONTEXT_LENGTH}.")
+    if options.context > MAX_CONTEXT:
+        raise UsageError(f"a context of {options.context} tokens is beyond every memory", f"At most {MAX_CONTEXT}.")
+    if options.context > trained:
+        _log.warning("the model was trained for %d tokens; --context %d goes beyond", trained, options.context)
+    return options.context
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,132 @@
+"""Fitting a model into a budget: what everything but weights takes, then a window over the rest.
+
+The budget is for the whole process. What the process, the KV cache and the compute buffers take is measured, not
+guessed: graphs of the largest shapes are laid out before the first byte of a weight is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.architectures.base import OUTPUT, Architecture, Block, Weights
+from edgert.engine.batch import MAX_DECODE_TOKENS, Batch, Phase
+from edgert.engine.blockwise import MAX_GRAPHS, BlockwiseGraphs
+from edgert.engine.collective import Solo
+from edgert.engine.engine import forward
+from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache
+from edgert.engine.trace import OFF, Trace
+from edgert.ggml.backend import Backend
+from edgert.ggml.graph import Context, Tensor
+from edgert.gguf.model_file import ModelFile
+from edgert.memory.probe import MemoryProbe
+from offload.arena import HUGE_PAGE_BYTES, Arena
+from offload.direct_file import forget_cached
+from offload.embedding import EmbeddingRows
+from offload.residency import Piece, Residency, choose, cut
+from offload.window import WindowWeights
+
+# What the process still grows by after its weights are placed: stacks of readers and of compute threads (1 MiB), the
+# template engine (2 MiB), what Python and the C library keep. A graph takes 50 KiB with its Python objects.
+_GROWTH_BYTES, _GRAPH_BYTES = 5 * 2**20, 64 * 2**10
+# The kernel reads ahead this far behind a header, more than any disk's read_ahead_kb that we have seen.
+_READAHEAD_BYTES = 32 * 2**20
+_log = logging.getLogger(__name__)
+
+
+class Headers:
+    """A WeightSource without weights: shapes and types, for graphs that are only measured."""
+
+    resident = False
+
+    def __init__(self, backend: Backend, pieces: Sequence[Piece], model: ModelFile, batch_size: int) -> None:
+        self._context = Context(len(pieces) + 1)
+        # Placed where nothing is ever read: the allocator must only not give them memory of its own.
+        self._buffer = backend.wrap(HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
+        self._blocks: dict[Block, dict[str, Tensor]] = {}
+        for piece in pieces:
+            self._blocks.setdefault(piece.block, {})[piece.spec.key] = self._tensor(piece.type_id, piece.shape)
+        for block, weights in self._blocks.items():
+            if block.kind == "output":
+                for key in ("output_norm.weight",):
+                    weights.setdefault(key, self._blocks[OUTPUT][key])
+        self.n_output_parts = sum(block.kind == "output" for block in self._blocks)
+        info = model.tensors[EmbeddingRows.key]
+        self._table = self._tensor(info.type.id, (info.shape[0], batch_size))
+
+    def _tensor(self, type_id: int, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._context.tensor(type_id, shape)
+        tensor.struct.data, tensor.struct.buffer = HUGE_PAGE_BYTES, self._buffer.handle
+        return tensor
+
+    @contextmanager
+    def lease_embedding(self, token_ids: NDArray[np.int32],
+                        phase: Phase) -> Iterator[tuple[Weights, NDArray[np.int32]]]:
+        yield {EmbeddingRows.key: self._table}, token_ids
+
+    @contextmanager
+    def lease(self, block: Block, phase: Phase) -> Iterator[Weights]:
+        yield self._blocks[block]
+
+    def hint(self, blocks: Sequence[Block]) -> None:
+        """Nothing moves."""
+
+    def close(self) -> None:
+        self._context.close()
+        self._buffer.close()
+
+
+def open_window(backend: Backend, model: ModelFile, arch: Architecture, kv: DenseKVCache, graphs: BlockwiseGraphs,
+                budget_bytes: int, *, batch_size: int, probe: MemoryProbe, trace: Trace = OFF) -> WindowWeights:
+    """Weights within `budget_bytes` for the whole process. Raises BudgetTooSmall before any weight is read."""
+    pieces = cut(model, arch)
+    compute_bytes = _measure(backend, pieces, model, arch, kv, graphs, batch_size)
+    for path, data_start in zip(model.parts, model.data_starts, strict=True):
+        forget_cached(path, data_start + _READAHEAD_BYTES)
+    fixed_bytes = (_process_bytes(probe, budget_bytes) + _growth_bytes(arch, kv.context_length, batch_size)
+                   + kv.size_bytes + compute_bytes + EmbeddingRows.bytes_needed(model, batch_size))
+    residency = choose(pieces, budget_bytes - fixed_bytes, budget_bytes, fixed_bytes)
+    _log_plan(residency, budget_bytes, fixed_bytes, compute_bytes, kv.size_bytes)
+    arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, batch_size))
+    return WindowWeights(backend, model, arch, residency, arena, batch_size=batch_size, trace=trace)
+
+
+def _measure(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
+             graphs: BlockwiseGraphs, batch_size: int) -> int:
+    headers = Headers(backend, pieces, model, batch_size)
+    n_tokens = min(batch_size, kv.context_length)
+    sizes = (n_tokens, min(n_tokens, MAX_DECODE_TOKENS))
+    largest = [Batch(np.zeros(n, np.int32), kv.context_length - n) for n in sizes]
+    try:
+        return graphs.reserve(largest, lambda states: forward(states, arch, headers, Solo()))
+    finally:
+        headers.close()
+
+
+def _growth_bytes(arch: Architecture, context_length: int, batch_size: int) -> int:
+    """What comes beside the compute buffers once a prompt fills the context: the hidden states of all its batches,
+    and graphs for prefill (one shape a batch) and decode (one every CELLS_PER_BUCKET tokens), two kinds of layers."""
+    hidden_bytes = context_length * (arch.hp.hidden_size + arch.hp.carried_size) * 4
+    n_shapes = context_length // batch_size + context_length // CELLS_PER_BUCKET
+    return _GROWTH_BYTES + hidden_bytes + min(MAX_GRAPHS, 32 + 2 * n_shapes) * _GRAPH_BYTES
+
+
+def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:
+    """What the process has taken already. In a control group about the budget's size, what the group is charged:
+    pages of libraries and of the file's header count there."""
+    resident = probe.process_bytes()
+    group = probe.control_group()
+    if group is not None and group.limit_bytes <= 1.25 * budget_bytes:
+        return max(resident, group.usage_bytes)
+    return resident
+
+
+def _log_plan(residency: Residency, budget_bytes: int, fixed_bytes: int, compute_bytes: int, kv_bytes: int) -> None:
+    figures = {"budget": budget_bytes, "fixed": fixed_bytes, "compute": compute_bytes, "kv": kv_bytes,
+               "pinned": residency.pinned_bytes, "window": residency.window_bytes,
+               "streamed_per_pass": residency.streamed_bytes}
+    _log.info("plan: %s", ", ".join(f"{name} {n_bytes / 2**20:.1f} MiB" for name, n_bytes in figures.items()))

@@ -1,0 +1,122 @@
+"""Threads that carry out reads, first asked first served.
+
+Reads of 1-4 MiB from a few threads reach the disk's speed; `os.preadv` lets go of the interpreter's lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edgert.errors import ComputeError
+from edgert.ggml.backend import Cancelled
+from offload.direct_file import ALIGN_BYTES, DirectFile
+
+# One request of 2 MiB: large enough for the disk, small enough that four threads share a tensor.
+CHUNK_BYTES = 2 * 2**20
+_CANCEL_POLL_S = 0.02
+_DEADLINE_S = 120.0  # a throttled SD card reads a 32 MiB piece in seconds; beyond this the disk is gone
+_CLOSE_DEADLINE_S = 10.0  # four chunks from a disk of 1 MB/s
+
+
+@dataclass(slots=True, eq=False)
+class Read:
+    """One piece on its way into memory."""
+
+    file: DirectFile
+    offset: int
+    n_bytes: int
+    address: int
+    n_chunks_left: int = 0
+    abandoned: bool = False  # nobody wants it any more: chunks that have not begun are skipped
+    error: Exception | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def is_useless(self) -> bool:
+        """The bytes are not there and will not come."""
+        return self.abandoned or self.error is not None
+
+    def wait(self, is_cancelled: Callable[[], bool]) -> float:
+        """Until the bytes are there. Seconds waited.
+
+        Raises what the read raised, Cancelled soon after `is_cancelled`, ComputeError past the deadline.
+        """
+        start = time.perf_counter()
+        self.settle(is_cancelled)
+        if self.error is not None:
+            raise self.error
+        if self.abandoned:
+            raise AssertionError("waiting for bytes that nobody wanted")
+        return time.perf_counter() - start
+
+    def settle(self, is_cancelled: Callable[[], bool]) -> None:
+        """Until no reader touches the memory any more, whatever became of the bytes. Raises Cancelled, ComputeError."""
+        deadline = time.perf_counter() + _DEADLINE_S
+        while not self.done.wait(_CANCEL_POLL_S):
+            if is_cancelled():
+                raise Cancelled
+            if time.perf_counter() > deadline:
+                raise ComputeError(f"{self.file.path}: the disk has not answered for {_DEADLINE_S:.0f} s",
+                                   "Check the disk; the answer so far is right.")
+
+
+class Readers:
+    """`n_threads` threads over one queue. `close` ends them after the read that each is at."""
+
+    def __init__(self, n_threads: int = 4) -> None:
+        self._queue: queue.SimpleQueue[tuple[Read, int, int] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._is_closing = False
+        self._memory: object = None
+        self.bytes_read = 0
+        self._threads = [threading.Thread(target=self._work, name=f"read-{i}", daemon=True) for i in range(n_threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, read: Read) -> None:
+        """Cut the read into chunks and queue them. The caller bounds how much is under way: the window does."""
+        if self._is_closing or read.n_bytes <= 0:
+            raise AssertionError("the readers are closed" if self._is_closing else f"{read.n_bytes} bytes to read")
+        starts = range(0, read.n_bytes, CHUNK_BYTES)
+        read.n_chunks_left = len(starts)
+        for start in starts:
+            self._queue.put((read, start, min(CHUNK_BYTES, read.n_bytes - start)))
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            read, start, n_bytes = job
+            n_read = 0
+            read.abandoned |= self._is_closing
+            if not read.is_useless:
+                try:
+                    read.file.read_into(read.address + start, read.offset + start, n_bytes)
+                    n_read = n_bytes
+                except Exception as error:  # whatever it is, it belongs to the one who waits
+                    read.error = error
+            with self._lock:
+                self.bytes_read += n_read
+                read.n_chunks_left -= 1
+                if read.n_chunks_left == 0:
+                    read.done.set()
+
+    def close(self, memory: object = None) -> bool:
+        """End the threads, each after the chunk that it is at; what is queued is forgotten. False when the disk keeps
+        one of them past the deadline: the files must then stay open, and `memory`, where they read to, lives on."""
+        self._is_closing, self._memory = True, memory
+        for _ in self._threads:
+            self._queue.put(None)
+        deadline = time.perf_counter() + _CLOSE_DEADLINE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.perf_counter()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+
+def aligned_range(offset: int, n_bytes: int) -> tuple[int, int]:
+    """The enclosing range that a direct read needs: (offset, n_bytes), multiples of ALIGN_BYTES."""
+    start = offset // ALIGN_BYTES * ALIGN_BYTES
+    end = -(-(offset + n_bytes) // ALIGN_BYTES) * ALIGN_BYTES
+    return start, end - start

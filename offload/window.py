@@ -1,0 +1,220 @@
+"""Dense weights from disk: pinned pieces stay, the others pass through a ring, readers ahead of the computation.
+
+The order in which a step needs blocks is always the same, so the readers simply go round: they fill whatever the ring
+has free, across the end of a token into the next one. A lease waits for its block and gives the ring its room back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.architectures.base import OUTPUT, Architecture, Block, Weights
+from edgert.engine.batch import Phase
+from edgert.engine.trace import OFF, Trace
+from edgert.errors import ModelFileError
+from edgert.ggml.backend import Backend, Buffer
+from edgert.ggml.graph import Context
+from edgert.gguf.model_file import ModelFile
+from offload.arena import Arena
+from offload.direct_file import DirectFile
+from offload.embedding import EmbeddingRows
+from offload.readers import Read, Readers, aligned_range
+from offload.residency import Piece, Residency
+
+_log = logging.getLogger(__name__)
+_ROW_THREADS = 2  # a row of the embedding is latency: two at a time
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A piece in the ring: being read, or there."""
+
+    piece: Piece
+    read: Read
+    ring_bytes: int  # with the gap that it left at the ring's end
+
+
+class Ring:
+    """Room for pieces in the order in which they are freed again. Addresses are page aligned."""
+
+    def __init__(self, base: int, size_bytes: int) -> None:
+        self._base, self.size_bytes = base, size_bytes
+        self._head = 0
+        self.used_bytes = 0
+
+    def take(self, n_bytes: int) -> tuple[int, int] | None:
+        """(address, bytes taken with the gap at the end), or None when there is no room yet."""
+        gap = self.size_bytes - self._head if self._head + n_bytes > self.size_bytes else 0
+        if self.used_bytes + gap + n_bytes > self.size_bytes:
+            return None
+        address = self._base + (0 if gap else self._head)
+        self._head = (address - self._base + n_bytes) % self.size_bytes
+        self.used_bytes += gap + n_bytes
+        return address, gap + n_bytes
+
+    def free(self, n_bytes: int) -> None:
+        """Give back the oldest `n_bytes`."""
+        self.used_bytes -= n_bytes
+
+    def reset(self) -> None:
+        self._head = self.used_bytes = 0
+
+
+class WindowWeights:
+    """A WeightSource for models larger than memory. Holds `arena.size_bytes`; the file is never mapped."""
+
+    resident = False
+
+    def __init__(self, backend: Backend, model: ModelFile, arch: Architecture, residency: Residency, arena: Arena,
+                 *, n_threads: int = 4, batch_size: int = 512, trace: Trace = OFF) -> None:
+        self._arena, self._trace, self.residency = arena, trace, residency
+        self._is_cancelled: Callable[[], bool] = lambda: backend.cancel.is_set
+        self._files: list[DirectFile] = []
+        self._readers, self._row_readers = Readers(n_threads), Readers(_ROW_THREADS)
+        self._buffer: Buffer = backend.wrap(arena.base, arena.size_bytes)
+        self._buffer.mark_as_weights()
+        pieces = [*residency.pinned, *residency.streamed]
+        self._context = Context(len(pieces) + 8)
+        self._tensors = {piece: self._context.tensor(piece.type_id, piece.shape, piece.spec.name) for piece in pieces}
+        self._blocks = _by_block(pieces)
+        self.n_output_parts = sum(block.kind == "output" for block in self._blocks)
+        self._last = Block("output", self.n_output_parts - 1)
+        self._cycle = residency.streamed
+        self._n_streamed = Counter(piece.block for piece in residency.streamed)
+        self._next = 0  # index in the cycle of the next piece to be read
+        self._ring_pieces: deque[_InFlight] = deque()
+        self.waited_s = 0.0
+        try:
+            self._open_files(model)
+            self.embedding = EmbeddingRows(self._files, model, self._context, self._buffer, arena, batch_size,
+                                           self._row_readers)
+            self._pin(residency.pinned)
+        except BaseException:
+            self.close()
+            raise
+        self._ring = Ring(arena.carve(residency.window_bytes), residency.window_bytes)
+        self._read_ahead()
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self.residency.pinned_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        return self._readers.bytes_read + self.embedding.bytes_read - self.pinned_bytes
+
+    def plan(self) -> dict[str, Any]:
+        return {"weights": "streamed", "streamed_bytes_per_pass": self.residency.streamed_bytes,
+                "window_bytes": self.residency.window_bytes, "read_method": self._files[0].method}
+
+    def _open_files(self, model: ModelFile) -> None:
+        self._files.extend(DirectFile(path) for path in model.parts)
+        if sum(file.size_bytes for file in self._files) != model.file_bytes:
+            raise ModelFileError(str(model.path), "the file has changed since its header was read", "Start again.")
+
+    def _pin(self, pieces: Sequence[Piece]) -> None:
+        reads = []
+        for piece in pieces:
+            address = self._arena.carve(piece.slot_bytes)
+            reads.append(self._start(piece, address))
+        for read in reads:
+            read.wait(self._is_cancelled)
+
+    def _start(self, piece: Piece, address: int) -> Read:
+        """Read a piece to `address`, and let its tensor lie there."""
+        offset, n_bytes = aligned_range(piece.offset, piece.n_bytes)
+        read = Read(self._files[piece.part], offset, n_bytes, address)
+        self._buffer.place(self._tensors[piece], address + piece.offset - offset)
+        self._readers.submit(read)
+        return read
+
+    def _read_ahead(self) -> None:
+        """Queue reads until the ring is full. Goes round, but never twice past the same piece."""
+        while self._cycle and len(self._ring_pieces) < len(self._cycle):
+            piece = self._cycle[self._next]
+            room = self._ring.take(piece.slot_bytes)
+            if room is None:
+                return
+            address, ring_bytes = room
+            self._ring_pieces.append(_InFlight(piece, self._start(piece, address), ring_bytes))
+            self._next = (self._next + 1) % len(self._cycle)
+
+    @contextmanager
+    def lease(self, block: Block, phase: Phase) -> Iterator[Weights]:
+        pieces = self._blocks[block]
+        n_streamed = self._wait_for(block)
+        try:
+            yield {piece.spec.key: self._tensors[piece] for piece in pieces}
+        finally:
+            for _ in range(n_streamed):
+                self._ring.free(self._ring_pieces.popleft().ring_bytes)
+            self._read_ahead()
+
+    def _wait_for(self, block: Block) -> int:
+        """Wait until the block's streamed pieces, which are the ring's oldest, are there. How many they are."""
+        n = self._n_streamed[block]
+        oldest = [*islice(self._ring_pieces, n)]
+        if len(oldest) < n or any(entry.piece.block != block or entry.read.is_useless for entry in oldest):
+            self._restart_at(block)
+            oldest = [*islice(self._ring_pieces, n)]
+        with self._trace.span(f"wait {block.kind} {block.layer}", "wait"):
+            for entry in oldest:
+                self.waited_s += entry.read.wait(self._is_cancelled)
+        if block == self._last:  # all that this pass computes with has been read: no logits of two files mixed
+            for file in self._files:
+                file.check_unchanged()
+        return n
+
+    def _restart_at(self, block: Block) -> None:
+        """A step was stopped in the middle, or a read failed: forget what was read ahead, begin again at `block`."""
+        for entry in self._ring_pieces:
+            entry.read.abandoned = True
+        for entry in self._ring_pieces:  # the ring's memory is free only when no reader writes into it
+            entry.read.settle(self._is_cancelled)
+        self._ring_pieces.clear()
+        self._ring.reset()
+        self._next = next(i for i, piece in enumerate(self._cycle) if piece.block == block)
+        self._read_ahead()
+
+    @contextmanager
+    def lease_embedding(self, token_ids: NDArray[np.int32],
+                        phase: Phase) -> Iterator[tuple[Weights, NDArray[np.int32]]]:
+        with self._trace.span("wait embedding", "wait"):
+            start = time.perf_counter()
+            rows = self.embedding.read(token_ids, self._is_cancelled)
+            self.waited_s += time.perf_counter() - start
+        yield {self.embedding.key: self.embedding.table}, rows
+
+    def hint(self, blocks: Sequence[Block]) -> None:
+        """The order never changes: the readers know it."""
+
+    def close(self) -> None:
+        if not all([self._readers.close(self._arena), self._row_readers.close(self._arena)]):
+            _log.warning("%s: the disk does not answer; memory that it may still write to is kept", self._files[0].path)
+            return
+        self._buffer.close()
+        self._context.close()
+        for file in self._files:
+            file.close()
+        self._arena.close()
+
+
+def _by_block(pieces: Sequence[Piece]) -> dict[Block, list[Piece]]:
+    """Each block's pieces, by name: blocks with the same tensors share a graph, whichever of them are pinned."""
+    blocks: dict[Block, list[Piece]] = {}
+    for piece in sorted(pieces, key=lambda p: p.spec.key):
+        blocks.setdefault(piece.block, []).append(piece)
+    for block, of_block in blocks.items():  # every part of the head needs the norm before it
+        if block.kind == "output" and block != OUTPUT:
+            of_block += [p for p in blocks[OUTPUT] if p.spec.use == "vector"]
+    return blocks

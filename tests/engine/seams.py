@@ -1,0 +1,86 @@
+"""The implementations of each seam, for the contract suites: a new one is one line here, and is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.architectures.base import Architecture, Hyperparameters
+from edgert.architectures.registry import open_architecture
+from edgert.engine.collective import Collective, Solo
+from edgert.engine.engine import Engine
+from edgert.engine.kv_cache import DenseKVCache
+from edgert.engine.layouts import LayoutChoice, choose_layouts
+from edgert.engine.resident import ResidentWeights
+from edgert.engine.weights import WeightSource
+from edgert.ggml.backend import Backend
+from edgert.gguf.model_file import ModelFile
+from offload.arena import Arena
+from offload.embedding import EmbeddingRows
+from offload.residency import Residency, block_bytes, cut
+from offload.window import WindowWeights
+
+_BATCH_SIZE = 64  # the largest that the tests use
+
+
+def _resident(layout: LayoutChoice) -> Callable[[Backend, ModelFile, Architecture], WeightSource]:
+    def open_source(backend: Backend, model: ModelFile, arch: Architecture) -> WeightSource:
+        types = frozenset(one.type.id for one in model.tensors.values() if len(one.shape) > 1)
+        return ResidentWeights(backend, model, arch, choose_layouts(layout, backend, types, Path("never read")))
+
+    return open_source
+
+
+def _window(backend: Backend, model: ModelFile, arch: Architecture) -> WeightSource:
+    """Every matrix streams, through a window of about two blocks."""
+    pieces = cut(model, arch)
+    pinned = tuple(piece for piece in pieces if piece.spec.use == "vector")
+    streamed = tuple(piece for piece in pieces if piece.spec.use != "vector")
+    residency = Residency(pinned, streamed, 2 * max(block_bytes(streamed).values()))
+    arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, _BATCH_SIZE))
+    return WindowWeights(backend, model, arch, residency, arena, n_threads=2, batch_size=_BATCH_SIZE)
+
+
+WEIGHT_SOURCES: dict[str, Callable[[Backend, ModelFile, Architecture], WeightSource]] = {
+    "resident, plain": _resident("plain"),
+    "resident, repacked": _resident("repack"),
+    "window": _window,
+}
+KV_CACHES: dict[str, Callable[[Backend, Hyperparameters, int], DenseKVCache]] = {
+    "dense f16": lambda backend, hp, context_length: DenseKVCache(backend, hp, context_length, "f16"),
+    "dense q8_0": lambda backend, hp, context_length: DenseKVCache(backend, hp, context_length, "q8_0"),
+}
+# For each rank of a group of one or more, in rank order.
+COLLECTIVES: dict[str, Callable[[], list[Collective]]] = {
+    "solo": lambda: [Solo()],
+}
+# A weight source, and whether the whole model is one graph.
+ENGINES: dict[str, tuple[str, bool | None]] = {
+    "fused": ("resident, plain", True),
+    "block by block": ("resident, plain", False),
+    "window": ("window", None),
+}
+
+
+@contextmanager
+def open_engine(name: str, path: Path, *, context_length: int = 512, batch_size: int = _BATCH_SIZE,
+                kv_cache: str = "dense f16", collective: Collective | None = None) -> Iterator[Engine]:
+    """The engine `name` of ENGINES over the model at `path`."""
+    source, fused = ENGINES[name]
+    file = ModelFile.open(path)
+    arch, backend = open_architecture(file), Backend(1)
+    kv = KV_CACHES[kv_cache](backend, arch.hp, context_length)
+    engine = Engine(arch, WEIGHT_SOURCES[source](backend, file, arch), kv, backend, collective=collective,
+                    batch_size=batch_size, fused=fused)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def token_ids(n_tokens: int, seed: int = 0, vocab_size: int = 300) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(0, vocab_size, n_tokens, dtype=np.int32)

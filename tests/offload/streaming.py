@@ -1,0 +1,72 @@
+"""Opens engines that stream tiny models: weights in as few bytes as a test likes, everything else as the Runtime does.
+
+Tensors of a tiny model are smaller than what is always pinned, and its head is smaller than what is cut: `small_pieces`
+makes both limits small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgert.architectures.registry import open_architecture
+from edgert.engine.engine import Engine
+from edgert.engine.kv_cache import DenseKVCache
+from edgert.engine.trace import OFF, Trace
+from edgert.errors import BudgetTooSmall
+from edgert.ggml.backend import Backend
+from edgert.gguf.model_file import ModelFile
+from offload import residency
+from offload.arena import Arena
+from offload.embedding import EmbeddingRows
+from offload.residency import Piece, choose, cut
+from offload.window import WindowWeights
+
+
+def small_pieces(monkeypatch: pytest.MonkeyPatch, max_piece_bytes: int = 2**14) -> None:
+    """Let everything but vectors stream, and cut a head beyond `max_piece_bytes`."""
+    monkeypatch.setattr(residency, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(residency, "MAX_PIECE_BYTES", max_piece_bytes)
+
+
+def available_bytes(pieces: list[Piece], share: float) -> int:
+    """Bytes for weights between the fewest that work (0.0) and all of them (1.0)."""
+    with pytest.raises(BudgetTooSmall) as refusal:
+        choose(pieces, 0, 0, 0)
+    least = refusal.value.smallest_bytes
+    return least + int((sum(p.slot_bytes for p in pieces) - least) * share)
+
+
+@contextmanager
+def open_streaming(path: Path, share: float = 0.0, *, context_length: int = 1024, batch_size: int = 512,
+                   n_threads: int = 1, n_readers: int = 4, trace: Trace = OFF) -> Iterator[Engine]:
+    """An engine whose weights stream, with `share` of the memory between the least and all of it."""
+    file = ModelFile.open(path)
+    arch = open_architecture(file)
+    backend = Backend(n_threads)
+    kv = DenseKVCache(backend, arch.hp, context_length)
+    pieces = cut(file, arch)
+    chosen = choose(pieces, available_bytes(pieces, share), 0, 0)
+    arena = Arena(chosen.pinned_bytes + chosen.window_bytes + EmbeddingRows.arena_bytes(file, batch_size))
+    weights = WindowWeights(backend, file, arch, chosen, arena, n_threads=n_readers, batch_size=batch_size, trace=trace)
+    engine = Engine(arch, weights, kv, backend, batch_size=batch_size, trace=trace)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def window_of(engine: Engine) -> WindowWeights:
+    """The engine's weights, which stream."""
+    assert isinstance(engine.weights, WindowWeights)
+    return engine.weights
+
+
+def logits_of(engine: Engine, steps: list[list[int]]) -> list[NDArray[np.float32]]:
+    """Logits after each step."""
+    return [engine.step(np.array(step, np.int32))[0].copy() for step in steps]

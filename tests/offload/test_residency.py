@@ -1,0 +1,218 @@
+"""What is pinned and what streams: for any sizes and any memory, every piece once and never more than there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgert.architectures.base import OUTPUT, Block, TensorSpec, blocks_of
+from edgert.architectures.registry import open_architecture
+from edgert.errors import BudgetTooSmall
+from edgert.gguf.model_file import ModelFile
+from offload import residency
+from offload.arena import PAGE_BYTES
+from offload.readers import aligned_range
+from offload.residency import Piece, block_bytes, choose, cut
+
+KIB, MIB = 2**10, 2**20
+fuzzed = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def piece(block: Block, name: str, n_bytes: int, offset: int = 0) -> Piece:
+    spec = TensorSpec(name, (n_bytes,), "vector" if "norm" in name else "matrix")
+    return Piece(block, spec, 0, (n_bytes,), 0, 0, offset, n_bytes)
+
+
+def layers(n_layers: int, sizes: Sequence[int], norm_bytes: int = 4 * KIB) -> list[Piece]:
+    """A model of equal layers: a norm and `sizes` in each, half of them attention."""
+    pieces, offset = [], 0
+    for layer in range(n_layers):
+        for number, n_bytes in enumerate((norm_bytes, *sizes)):
+            kind = "attention" if number <= len(sizes) // 2 else "ffn"
+            name = "attn_norm" if number == 0 else f"matrix_{number}"
+            pieces.append(piece(Block(kind, layer), f"blk.{layer}.{name}.weight", n_bytes, offset))
+            offset += n_bytes
+    return pieces
+
+
+@st.composite
+def models(draw: st.DrawFn) -> list[Piece]:
+    """Layers of any sizes and an output head in parts, as they lie in a file."""
+    sizes = st.one_of(st.integers(1, 256 * KIB), st.integers(64 * KIB, 40 * MIB))
+    pieces, offset = [], draw(st.integers(0, 4096))
+    blocks = [Block(kind, layer) for layer in range(draw(st.integers(1, 6))) for kind in ("attention", "ffn")]
+    blocks += [Block("output", part) for part in range(draw(st.integers(1, 4)))]
+    for block in blocks:
+        for number in range(draw(st.integers(1, 4))):
+            n_bytes = draw(sizes)
+            pieces.append(piece(block, f"blk.{block.layer}.{block.kind}_{number}.weight", n_bytes, offset))
+            offset += n_bytes
+    return pieces
+
+
+def total(pieces: Sequence[Piece]) -> int:
+    return sum(p.slot_bytes for p in pieces)
+
+
+def smallest(pieces: Sequence[Piece]) -> int:
+    """The fewest bytes that hold these pieces, as the refusal of none at all says."""
+    with pytest.raises(BudgetTooSmall) as refusal:
+        choose(pieces, 0, 0, 0)
+    return refusal.value.smallest_bytes
+
+
+@fuzzed
+@given(models(), st.integers(0, 10**6))
+def test_every_piece_is_pinned_or_streamed_in_the_order_of_the_model(pieces: list[Piece], share: int) -> None:
+    available = smallest(pieces) + total(pieces) * share // 10**6
+    chosen = choose(pieces, available, available, 0)
+    order = {p: number for number, p in enumerate(pieces)}
+    for part in (chosen.pinned, chosen.streamed):
+        assert [order[p] for p in part] == sorted(order[p] for p in part)
+    assert sorted((*chosen.pinned, *chosen.streamed), key=order.__getitem__) == pieces
+    assert chosen.pinned_bytes + chosen.streamed_bytes == total(pieces)
+
+
+@fuzzed
+@given(models(), st.integers(0, 10**6))
+def test_pinned_pieces_and_window_stay_within_what_is_available(pieces: list[Piece], share: int) -> None:
+    available = smallest(pieces) + total(pieces) * share // 10**6
+    chosen = choose(pieces, available, available, 0)
+    assert chosen.pinned_bytes + chosen.window_bytes <= available
+    if chosen.streamed:
+        assert chosen.window_bytes >= max(block_bytes(chosen.streamed).values())
+        # Nothing lies idle: beyond a comfortable window, less is left than the smallest piece that streams.
+        largest = max(p.slot_bytes for p in chosen.streamed)
+        assert available - chosen.pinned_bytes - chosen.window_bytes < PAGE_BYTES
+        assert chosen.window_bytes <= 2 * max(block_bytes(pieces).values()) + 2 * largest
+
+
+@fuzzed
+@given(models(), st.integers(1, 10**7), st.integers(0, 10**9))
+def test_a_budget_too_small_is_refused_with_the_smallest_that_works(pieces: list[Piece], missing: int,
+                                                                    fixed_bytes: int) -> None:
+    with pytest.raises(BudgetTooSmall) as refusal:
+        choose(pieces, -fixed_bytes, 0, fixed_bytes)
+    works = refusal.value.smallest_bytes
+    assert refusal.value.needed_bytes == works
+    chosen = choose(pieces, works - fixed_bytes, works, fixed_bytes)
+    assert chosen.pinned_bytes + chosen.window_bytes <= works - fixed_bytes
+    with pytest.raises(BudgetTooSmall) as again:
+        choose(pieces, works - fixed_bytes - missing, works - missing, fixed_bytes)
+    assert (again.value.smallest_bytes, again.value.budget_bytes) == (works, works - missing)
+
+
+@fuzzed
+@given(models(), st.lists(st.integers(0, 12 * 10**5), min_size=2, max_size=8))
+def test_more_memory_never_streams_more(pieces: list[Piece], shares: list[int]) -> None:
+    least = smallest(pieces)
+    streamed = [choose(pieces, least + total(pieces) * share // 10**6, 0, 0).streamed_bytes for share in sorted(shares)]
+    assert streamed == sorted(streamed, reverse=True)
+
+
+@fuzzed
+@given(models())
+def test_what_fits_is_pinned_whole_and_needs_no_window(pieces: list[Piece]) -> None:
+    chosen = choose(pieces, total(pieces), total(pieces), 0)
+    assert (chosen.pinned, chosen.streamed, chosen.window_bytes) == (tuple(pieces), (), 0)
+
+
+@pytest.mark.parametrize("sizes", [(MIB,), (MIB, MIB), (2 * MIB, MIB, 8 * MIB, 8 * MIB),
+                                   (1536 * KIB, 256 * KIB, 256 * KIB, 1536 * KIB, 7 * MIB, 7 * MIB, 10 * MIB)], ids=str)
+@pytest.mark.parametrize("percent", [20, 35, 50, 65, 80, 90])
+def test_pinned_pieces_are_spread_evenly(sizes: tuple[int, ...], percent: int) -> None:
+    """So that the computation of pinned pieces hides the reads of streamed ones, wherever a step is."""
+    pieces = layers(24, sizes)
+    chosen = choose(pieces, total(pieces) * percent // 100, 0, 0)
+    pinned, passed, held = set(chosen.pinned), 0, 0
+    share = chosen.pinned_bytes / total(pieces)
+    for p in pieces:
+        passed += p.slot_bytes
+        held += p.slot_bytes * (p in pinned)
+        # A layer and a half: what the window and its readers even out.
+        assert abs(held - passed * share) <= 1.5 * sum(sizes), p
+
+
+def test_small_tensors_and_norms_are_always_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = layers(4, (64 * KIB, MIB, MIB), norm_bytes=256 * KIB)  # a norm that large: 65536 wide
+    chosen = choose(pieces, smallest(pieces), 0, 0)
+    assert {p.spec.key for p in chosen.streamed} == {"matrix_2.weight", "matrix_3.weight"}
+    monkeypatch.setattr(residency, "_SMALL_BYTES", 0)
+    chosen = choose(pieces, smallest(pieces), 0, 0)
+    assert all(p.spec.use == "vector" for p in chosen.pinned)
+
+
+def test_a_model_of_small_tensors_only_is_refused_too() -> None:
+    pieces = layers(2, (KIB, KIB))
+    assert smallest(pieces) == total(pieces)
+
+
+@fuzzed
+@given(st.integers(0, 2**50), st.integers(1, 2**40))
+def test_the_aligned_range_encloses_the_range_tightly(offset: int, n_bytes: int) -> None:
+    start, length = aligned_range(offset, n_bytes)
+    assert start % 4096 == length % 4096 == 0
+    assert start <= offset < start + 4096
+    assert start + length - 4096 < offset + n_bytes <= start + length
+
+
+# ------------------------------------------------------------------------------------------------------------------ cut
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen2", "qwen3moe"])
+def test_pieces_are_the_tensors_of_every_block_in_order(tiny_model: Callable[..., Path], architecture: str) -> None:
+    model = ModelFile.open(tiny_model(architecture, quantisation="MIXED"))
+    arch = open_architecture(model)
+    pieces = cut(model, arch)
+    assert list(dict.fromkeys(p.block for p in pieces)) == [b for b in blocks_of(arch.hp) if b.kind != "embedding"]
+    for p in pieces:
+        info = model.tensors[p.spec.name]
+        assert (p.type_id, p.shape, p.part, p.offset, p.n_bytes) == (info.type.id, info.shape, info.part, info.offset,
+                                                                     info.n_bytes)
+    for block in blocks_of(arch.hp)[1:]:
+        assert [p.spec for p in pieces if p.block == block] == [s for s in arch.specs(block) if s.name in model.tensors]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("vocab_size", "n_parts"), [(512, 2), (513, 3), (1000, 4), (256, 1)])
+def test_a_large_head_is_cut_by_rows(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tied: bool,
+                                     vocab_size: int, n_parts: int) -> None:
+    monkeypatch.setattr(residency, "MAX_PIECE_BYTES", 1)
+    model = ModelFile.open(tiny_model("llama", vocab_size=vocab_size, tied=tied, vocabulary=False))
+    arch = open_architecture(model)
+    head = [p for p in cut(model, arch) if p.block.kind == "output" and len(p.shape) == 2]
+    name = "token_embd.weight" if tied else "output.weight"
+    info = model.tensors[name]
+    assert [p.block for p in head] == [Block("output", part) for part in range(n_parts)]
+    assert [p.first_row for p in head] == list(range(0, vocab_size, 256))
+    assert sum(p.shape[1] for p in head) == vocab_size
+    assert [p.offset for p in head] == [info.offset + info.type.row_bytes(info.shape[0]) * p.first_row for p in head]
+    assert sum(p.n_bytes for p in head) == info.n_bytes
+    assert next(p for p in cut(model, arch) if p.spec.name == "output_norm.weight").block == OUTPUT
+
+
+def test_parts_of_a_head_are_as_large_as_allowed(tiny_model: Callable[..., Path],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelFile.open(tiny_model("llama", vocab_size=2000, vocabulary=False))
+    row_bytes = model.tensors["output.weight"].n_bytes // 2000
+    monkeypatch.setattr(residency, "MAX_PIECE_BYTES", 700 * row_bytes)
+    head = [p for p in cut(model, open_architecture(model)) if p.spec.name == "output.weight"]
+    assert [p.shape[1] for p in head] == [512, 512, 512, 464]
+
+
+def test_pieces_of_a_split_model_name_their_part(tiny_model: Callable[..., Path]) -> None:
+    model = ModelFile.open(tiny_model("llama", split_parts=3))
+    pieces = cut(model, open_architecture(model))
+    assert {p.part for p in pieces} == {0, 1, 2}
+    assert all(p.part == model.tensors[p.spec.name].part for p in pieces)
+
+
+def test_pieces_are_values() -> None:
+    one = piece(OUTPUT, "output.weight", 5000, offset=4000)
+    assert one == replace(one)
+    assert one.slot_bytes == 3 * PAGE_BYTES
