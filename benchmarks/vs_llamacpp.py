@@ -1,6 +1,6 @@
 """edgert beside llama.cpp, everything in memory: decode at two depths and prefill, in turn in one run.
 
-    python benchmarks/vs_llamacpp.py MODEL.gguf [...] [--rounds 7] [--threads 2]
+    python benchmarks/vs_llamacpp.py MODEL.gguf [...] [--rounds 7] [--threads 2] [--only PHASE]
 
 llama.cpp's better setting (with or without repacking) is the peer in each phase. Prints a table and a JSON line per
 model: medians in tokens/s, and the ratio as the median over rounds of edgert / peer, which a noisy machine moves least.
@@ -65,8 +65,8 @@ def _rate(n_tokens: int, work: Callable[[], object]) -> float:
     return n_tokens / (time.perf_counter() - start)
 
 
-def compare(path: Path, n_rounds: int, n_threads: int) -> dict[str, dict[str, float]]:
-    """Median tokens/s and ratios for each phase."""
+def compare(path: Path, n_rounds: int, n_threads: int, only: str | None = None) -> dict[str, dict[str, float]]:
+    """Median tokens/s and ratios for each phase, or for the one whose name is given."""
     runners: dict[str, Runner] = {"edgert": Edgert(path, n_threads), "plain": LlamaCpp(path, n_threads=n_threads),
                                   "repack": LlamaCpp(path, n_threads=n_threads, repack=True)}
     phases: dict[str, Callable[[Runner], float]] = {f"pp{_PROMPT}": _prefill}
@@ -74,6 +74,8 @@ def compare(path: Path, n_rounds: int, n_threads: int) -> dict[str, dict[str, fl
         phases[f"tg{_DECODE}@d{depth}"] = lambda runner, depth=depth: _decode(runner, depth)  # type: ignore[misc]
     result = {}
     for phase, measure in phases.items():
+        if only not in (None, phase):
+            continue
         for runner in runners.values():
             measure(runner)  # warm
         samples: dict[str, list[float]] = {name: [] for name in runners}
@@ -94,9 +96,10 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--only", metavar="PHASE", help="one phase, such as tg128@d512")
     args = parser.parse_args()
     for path in args.models:
-        print(json.dumps({"model": path.name, **compare(path, args.rounds, args.threads)}), flush=True)
+        print(json.dumps({"model": path.name, **compare(path, args.rounds, args.threads, args.only)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def converse(conversation: Conversation, output: AnswerStream, interrupts: Inter
 def _take_turn(conversation: Conversation, output: AnswerStream, interrupts: Interrupts) -> int | None:
     """Read what the user says and act on it. The exit status once the conversation is over."""
     try:
-        text = _read_turn(output.is_terminal)
+        with interrupts.waiting():
+            text = _read_turn(output.is_terminal)
     except UnicodeDecodeError:
         _say("That was not UTF-8.")
         return None

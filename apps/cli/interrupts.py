@@ -18,6 +18,8 @@ from typing import Any, Self
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Programs that start us may pass the terminal's Ctrl-C on, so that one press comes twice.
 SAME_PRESS_S = 0.25
+# How long a signal may go unnoticed at a prompt before it is sent again.
+_RESEND_AFTER_S = 0.05
 
 
 class Terminated(BaseException):
@@ -45,6 +47,8 @@ class Interrupts:
         self._raised: int | None = None  # the signal whose exception is on its way, or was dropped
         self._cancel: Callable[[], None] | None = None
         self._asked_at_s: float | None = None
+        self._n_waits, self._wait = 0, 0  # the number of the wait that goes on, 0 where none does
+        self._n_resent = 0
         self._end_process, self._clock = end_process, clock
 
     def raise_missed(self) -> None:
@@ -68,6 +72,20 @@ class Interrupts:
         finally:
             self._cancel = None
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let a signal end what waits in C for a person, such as `input`.
+
+        Python looks for signals when the wait is interrupted. One that comes after its last look and before the wait
+        interrupts nothing: the thread then sends it again.
+        """
+        self._n_waits += 1
+        self._wait = self._n_waits
+        try:
+            yield
+        finally:
+            self._wait = 0
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         cancel = self._cancel
         if cancel is not None:  # the thread may have looked before there was anything to cancel
@@ -80,8 +98,14 @@ class Interrupts:
     def _watch(self) -> None:
         while numbers := os.read(self._reader, 64):
             for number in numbers:
-                if number in SIGNALS and self._cancel is not None:
+                if number not in SIGNALS:
+                    continue
+                if self._n_resent:  # our own
+                    self._n_resent -= 1
+                elif self._cancel is not None:
                     self._stop(number, self._cancel)
+                else:
+                    self._resend(number, self._wait)
 
     def _stop(self, number: int, cancel: Callable[[], None]) -> None:
         if self._asked_at_s is None:
@@ -91,7 +115,17 @@ class Interrupts:
         elif self._clock() - self._asked_at_s > SAME_PRESS_S:
             self._end_process(exit_status(number))
 
+    def _resend(self, number: int, wait: int) -> None:
+        """Send a signal again if the wait that it was to end still goes on."""
+        if not wait:
+            return
+        time.sleep(_RESEND_AFTER_S)
+        if self._wait == wait:
+            self._n_resent += 1
+            signal.pthread_kill(self._main_thread, number)
+
     def __enter__(self) -> Self:
+        self._main_thread = threading.get_ident()
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)  # a signal handler must not wait
         self._watcher = threading.Thread(target=self._watch, name="interrupts", daemon=True)

@@ -78,7 +78,7 @@ class Terminal:
         deadline = time.monotonic() + DEADLINE_S
         while (end := self.screen.find(text, self._read_up_to)) < 0:
             assert time.monotonic() < deadline, f"no {text!r} in {self.screen!r}"
-            assert self._read(), f"it ended without {text!r}: {self.screen!r}"
+            assert self._read(), f"it ended, or fell silent, without {text!r}: {self.screen!r}"
         found = self.screen[self._read_up_to:end + len(text)]
         self._read_up_to = end + len(text)
         return found

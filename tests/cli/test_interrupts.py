@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from apps.cli.interrupts import SAME_PRESS_S, SIGNALS, Interrupts, Terminated
+from apps.cli.interrupts import _RESEND_AFTER_S, SAME_PRESS_S, SIGNALS, Interrupts, Terminated
 
 DEADLINE_S = 60.0
 
@@ -115,3 +116,22 @@ def test_an_ignored_signal_stays_ignored() -> None:
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_did_not_interrupt_a_wait_is_sent_again() -> None:
+    with Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt), interrupts.waiting():
+            # What a signal leaves that comes between Python's last look and the wait in C: a byte, and nothing else.
+            os.write(interrupts._writer, bytes([signal.SIGINT]))
+            threading.Event().wait(DEADLINE_S)
+        interrupts.forget()
+        with interrupts.waiting():  # the one that was sent again ends no second wait
+            threading.Event().wait(4 * _RESEND_AFTER_S)
+
+
+def test_a_signal_is_not_sent_again_where_nothing_waits() -> None:
+    with Interrupts() as interrupts:
+        os.write(interrupts._writer, bytes([signal.SIGINT]))
+        with interrupts.waiting():
+            pass
+        threading.Event().wait(4 * _RESEND_AFTER_S)
