@@ -1,10 +1,13 @@
 """Models larger than memory: edgert beside llama.cpp, each in a control group of the budget's size. Needs root.
 
-    python benchmarks/beyond_memory.py MODEL.gguf --ratios 1.5,2,2.8 [--context 1024] [--prompt 64] [--rounds 3]
+    python benchmarks/offload.py decode MODEL.gguf --ratios 1.5,2,2.8     speed, bytes and disk use of one token
+    python benchmarks/offload.py prefill MODEL.gguf --ratios 2,4 --prompts 64,512,2048
+    python benchmarks/offload.py budgets MODEL.gguf --steps 8             from the smallest budget that works up
 
-For each ratio of model to budget, in turn and from a cold page cache: decode speed, time to first token, bytes read,
-and how the disk's raw bandwidth of the same minutes was used. The peer is llama.cpp with mmap and without repacking,
-which is its best beyond memory. Prints a table, and a JSON line per ratio.
+For each ratio of model to budget, in turn and from a cold page cache, with the disk's raw bandwidth of the same
+minutes. The peer is llama.cpp with mmap and without repacking, which is its best beyond memory; the limits are what
+the disk could do (streamed bytes over raw bandwidth) and what the processor does with everything in memory. Prints a
+table, and a JSON line per row.
 """
 
 from __future__ import annotations
@@ -20,41 +23,58 @@ from typing import Any
 
 from control_group import drop_page_cache, is_possible, run_limited
 
-_TIMEOUT_S = 600.0
+_TIMEOUT_S = 900.0
 _RAW_BYTES = 1 << 30
+_UNLIMITED = 1 << 40
+Row = dict[str, Any]
 
 
-def child(args: argparse.Namespace) -> dict[str, Any]:
+def child(args: argparse.Namespace) -> Row:
     """One run in the limited process: greedy tokens after a synthetic prompt."""
     prompt = [(i * 7) % 5000 + 100 for i in range(args.prompt)]
     start = time.perf_counter()
-    times: list[float] = []
-    if args.child == "edgert":
-        from edgert import Runtime, SamplingParams
-
-        with Runtime.load(args.model, memory=args.memory, context=args.context) as runtime:
-            loaded = time.perf_counter()
-            generation = runtime.generate(prompt, max_tokens=args.tokens, sampling=SamplingParams(temperature=0))
-            before = 0
-            for _ in generation:
-                times.append(time.perf_counter())
-                before = before or (runtime.memory()["streamed_bytes"] or 0)
-            facts = {**runtime.memory(), **runtime.plan(), "token_ids": generation.token_ids,
-                     "bytes_per_token": ((runtime.memory()["streamed_bytes"] or 0) - before) / max(1, len(times) - 1)}
-    else:
+    if args.child == "llama.cpp":
         from llamacpp import LlamaCpp
 
         peer = LlamaCpp(Path(args.model), context_length=args.context)
-        loaded = time.perf_counter()
-        logits, ids = peer.step(prompt), []
+        loaded, times, ids = time.perf_counter(), list[float](), list[int]()
+        logits = peer.step(prompt)
         for _ in range(args.tokens):
             times.append(time.perf_counter())
             ids.append(int(logits.argmax()))
-            logits = peer.step(ids[-1:])
-        facts = {"token_ids": ids}
-    gaps = [b - a for a, b in pairwise(times)]
+            logits = peer.step(ids[-1:]) if len(ids) < args.tokens else logits
+        facts: Row = {"token_ids": ids}
+    else:
+        from edgert import Runtime, SamplingParams
+
+        budget = None if args.child == "resident" else args.memory
+        with Runtime.load(args.model, memory=budget, context=args.context, layout="plain") as runtime:
+            loaded, times = time.perf_counter(), []
+            before = runtime.memory()["streamed_bytes"] or 0
+            generation = runtime.generate(prompt, max_tokens=args.tokens, sampling=SamplingParams(temperature=0))
+            after_prompt = 0
+            for _ in generation:
+                times.append(time.perf_counter())
+                after_prompt = after_prompt or (runtime.memory()["streamed_bytes"] or 0)
+            after = runtime.memory()["streamed_bytes"] or 0
+            facts = {**runtime.memory(), **runtime.plan(), "token_ids": generation.token_ids,
+                     "prompt_bytes": after_prompt - before,
+                     "bytes_per_token": (after - after_prompt) / max(1, len(times) - 1)}
+    gaps = [b - a for a, b in pairwise(times)] or [float("nan")]
     return {"load_s": loaded - start, "ttft_s": times[0] - loaded, "tok_s": len(gaps) / sum(gaps),
             "p99_over_median": sorted(gaps)[int(len(gaps) * 0.99)] / statistics.median(gaps), **facts}
+
+
+def limited(args: argparse.Namespace, name: str, budget: int, prompt: int, tokens: int) -> Row:
+    """A child in a control group of the budget's size, from a cold page cache."""
+    drop_page_cache()
+    command = [sys.executable, __file__, args.what, str(args.model), "--child", name, "--memory", str(budget),
+               "--context", str(args.context), "--prompt", str(prompt), "--tokens", str(tokens)]
+    outcome = run_limited(command, budget, _TIMEOUT_S)
+    if outcome.returncode:
+        raise SystemExit(f"{name} at {budget} bytes ended with status {outcome.returncode}")
+    return {**json.loads(outcome.stdout.splitlines()[-1]), "peak_bytes": outcome.peak_bytes,
+            "limit_hits": outcome.limit_hits, "oom_kills": outcome.oom_kills, "read_bytes": outcome.read_bytes}
 
 
 def raw_bandwidth(path: Path) -> float:
@@ -64,12 +84,11 @@ def raw_bandwidth(path: Path) -> float:
     from offload.readers import Read, Readers
 
     file, slot = DirectFile(path), 32 * 2**20
-    arena = Arena(8 * slot)
-    best = 0.0
+    arena, best = Arena(8 * slot), 0.0
+    n_bytes = min(_RAW_BYTES, file.size_bytes // slot * slot)
     for n_threads in (1, 2, 4, 8):
         readers, reads = Readers(n_threads), list[Read]()
         start = time.perf_counter()
-        n_bytes = min(_RAW_BYTES, file.size_bytes // slot * slot)
         for number, offset in enumerate(range(0, n_bytes, slot)):
             if number >= 8:
                 reads[number - 8].wait(lambda: False)
@@ -84,58 +103,114 @@ def raw_bandwidth(path: Path) -> float:
     return best
 
 
-def measure(args: argparse.Namespace, ratio: float) -> dict[str, Any]:
-    """Both runtimes in turn at one ratio."""
-    budget = int(Path(args.model).stat().st_size / ratio)
-    runs: dict[str, list[dict[str, Any]]] = {"edgert": [], "llama.cpp": []}
+def rounds(args: argparse.Namespace, names: tuple[str, ...], budget: int, prompt: int,
+           tokens: int) -> tuple[dict[str, Row], float]:
+    """Every name's median run (by speed), in turn, and the raw bandwidth's median."""
+    runs: dict[str, list[Row]] = {name: [] for name in names}
     raw = []
     for _ in range(args.rounds):
-        raw.append(raw_bandwidth(Path(args.model)))
+        raw.append(raw_bandwidth(args.model))
         for name, results in runs.items():
-            drop_page_cache()
-            command = [sys.executable, __file__, str(args.model), "--child", name, "--memory", str(budget), "--context",
-                       str(args.context), "--prompt", str(args.prompt), "--tokens", str(args.tokens)]
-            outcome = run_limited(command, budget, _TIMEOUT_S)
-            if outcome.returncode:
-                raise SystemExit(f"{name} at {budget} bytes ended with status {outcome.returncode}")
-            results.append({**json.loads(outcome.stdout.splitlines()[-1]), "peak_bytes": outcome.peak_bytes,
-                            "limit_hits": outcome.limit_hits, "oom_kills": outcome.oom_kills})
-    ours, peer = (min(results, key=lambda r: abs(r["tok_s"] - statistics.median(x["tok_s"] for x in results)))
-                  for results in runs.values())
-    raw_s = statistics.median(raw)
+            results.append(limited(args, name, _UNLIMITED if name == "resident" else budget, prompt, tokens))
+    key = "tok_s" if tokens > 1 else "ttft_s"
+    return {name: sorted(results, key=lambda r: float(r[key]))[len(results) // 2] for name, results in runs.items()}, \
+        statistics.median(raw)
+
+
+def decode(args: argparse.Namespace, ratio: float) -> Row:
+    """Speed of single tokens at one ratio, beside the disk's limit and the processor's."""
+    size, budget = args.model.stat().st_size, int(args.model.stat().st_size / ratio)
+    names = ("edgert", "resident", *(("llama.cpp",) if args.peer else ()))
+    runs, raw = rounds(args, names, budget, args.prompt, args.tokens)
+    ours, resident, peer = runs["edgert"], runs["resident"], runs.get("llama.cpp", {"tok_s": float("nan")})
     streamed = ours.get("streamed_bytes_per_pass", 0)
-    return {"ratio": ratio, "budget_mib": budget >> 20, "tok_s": ours["tok_s"], "peer_tok_s": peer["tok_s"],
-            "multiple": ours["tok_s"] / peer["tok_s"], "ttft_s": ours["ttft_s"], "peer_ttft_s": peer["ttft_s"],
-            "bytes_per_token_over_streamed": ours["bytes_per_token"] / streamed if streamed else 0.0,
-            "disk_utilisation": ours["tok_s"] * streamed / raw_s, "raw_gb_s": raw_s / 1e9,
-            "pinned_mib": ours["pinned_bytes"] >> 20, "streamed_mib": streamed >> 20,
-            "p99_over_median": ours["p99_over_median"], "limit_hits": ours["limit_hits"],
-            "peak_mib": ours["peak_bytes"] >> 20, "peak_rss_mib": ours["peak_rss_bytes"] >> 20,
-            "same_tokens": ours["token_ids"] == peer["token_ids"]}
+    held = ours["pinned_bytes"] + ours.get("window_bytes", 0)
+    row = {"ratio": ratio, "budget_mib": budget >> 20, "tok_s": ours["tok_s"], "resident_tok_s": resident["tok_s"],
+           "peer_tok_s": peer["tok_s"], "multiple": ours["tok_s"] / peer["tok_s"], "raw_gb_s": raw / 1e9,
+           "of_disk_limit": ours["tok_s"] * streamed / raw, "of_resident": ours["tok_s"] / resident["tok_s"],
+           "bytes_over_streamed": ours["bytes_per_token"] / streamed if streamed else 0.0,
+           "bytes_over_unpinned": ours["bytes_per_token"] / max(1, size - ours["pinned_bytes"]),
+           "held_mib": held >> 20, "pinned_mib": ours["pinned_bytes"] >> 20, "streamed_mib": streamed >> 20,
+           "kv_mib": ours.get("kv_bytes", 0) >> 20, "compute_mib": ours["compute_bytes"] >> 20,
+           "p99_over_median": ours["p99_over_median"], "ttft_s": ours["ttft_s"], "limit_hits": ours["limit_hits"],
+           "oom_kills": ours["oom_kills"], "peak_mib": ours["peak_bytes"] >> 20,
+           "peak_rss_mib": ours["peak_rss_bytes"] >> 20,
+           "same_tokens": ours["token_ids"] == resident["token_ids"] == peer.get("token_ids", ours["token_ids"])}
+    print(f"r={ratio:<4} {row['budget_mib']:5} MiB  edgert {row['tok_s']:6.2f} tok/s  llama.cpp {peer['tok_s']:5.2f}"
+          f"  x{row['multiple']:.1f}  {row['of_disk_limit']:.0%} of {row['raw_gb_s']:.2f} GB/s  "
+          f"{row['of_resident']:.0%} of in memory  p99 x{row['p99_over_median']:.2f}", flush=True)
+    return row
+
+
+def prefill(args: argparse.Namespace, ratio: float, prompt: int) -> Row:
+    """Time to the first token of one prompt, beside the larger of the two limits."""
+    size, budget = args.model.stat().st_size, int(args.model.stat().st_size / ratio)
+    names = ("edgert", "resident", *(("llama.cpp",) if args.peer else ()))
+    runs, raw = rounds(args, names, budget, prompt, 1)
+    ours, resident, peer = runs["edgert"], runs["resident"], runs.get("llama.cpp", {"ttft_s": float("nan")})
+    limit = max(resident["ttft_s"], ours.get("streamed_bytes_per_pass", 0) / raw)
+    row = {"ratio": ratio, "prompt": prompt, "budget_mib": budget >> 20, "ttft_s": ours["ttft_s"], "limit_s": limit,
+           "over_limit": ours["ttft_s"] / limit, "resident_ttft_s": resident["ttft_s"], "peer_ttft_s": peer["ttft_s"],
+           "disk_s": ours.get("streamed_bytes_per_pass", 0) / raw, "raw_gb_s": raw / 1e9,
+           "bytes_over_unpinned": ours["prompt_bytes"] / (size - ours["pinned_bytes"]),
+           "peer_bytes_over_model": peer.get("read_bytes", 0) / size, "limit_hits": ours["limit_hits"]}
+    print(f"r={ratio:<4} {prompt:5} tokens  first after {row['ttft_s']:6.2f} s, x{row['over_limit']:.2f} of the limit "
+          f"{limit:5.2f} s (in memory {resident['ttft_s']:.2f}, disk {row['disk_s']:.2f})  llama.cpp "
+          f"{row['peer_ttft_s']:6.2f} s  bytes x{row['bytes_over_unpinned']:.3f}", flush=True)
+    return row
+
+
+def budgets(args: argparse.Namespace) -> list[Row]:
+    """Every step between the smallest budget that works and the model's size keeps inside its control group."""
+    from edgert import Runtime
+    from edgert.errors import BudgetTooSmall
+
+    try:
+        Runtime.load(str(args.model), memory=1, context=args.context).close()
+        raise SystemExit("a budget of one byte was not refused")
+    except BudgetTooSmall as refusal:
+        smallest = refusal.smallest_bytes + 8 * 2**20  # this process is not the child: its own size differs a little
+    rows = []
+    for step in range(args.steps):
+        budget = smallest + (args.model.stat().st_size - smallest) * step // max(1, args.steps - 1)
+        ours = limited(args, "edgert", budget, args.prompt, args.tokens)
+        rows.append({"budget_bytes": budget, "peak_bytes": ours["peak_bytes"], "peak_rss_bytes": ours["peak_rss_bytes"],
+                     "limit_hits": ours["limit_hits"], "oom_kills": ours["oom_kills"], "tok_s": ours["tok_s"]})
+        print(f"{budget / 2**20:7.1f} MiB  peak {ours['peak_bytes'] / 2**20:7.1f}, RSS "
+              f"{ours['peak_rss_bytes'] / 2**20:7.1f} MiB  limit hits {ours['limit_hits']}  OOM kills "
+              f"{ours['oom_kills']}  {ours['tok_s']:6.2f} tok/s", flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("decode", "prefill", "budgets"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--ratios", default="1.5,2,2.8")
+    parser.add_argument("--prompts", default="64,512,2048", help="lengths, for prefill")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=64, help="length, for decode")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--no-peer", dest="peer", action="store_false", help="leave llama.cpp out")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--child", choices=("edgert", "llama.cpp"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("edgert", "resident", "llama.cpp"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(args)))
         return
     if not is_possible():
         raise SystemExit("this needs root and a writable memory control group")
-    for ratio in (float(text) for text in args.ratios.split(",")):
-        result = measure(args, ratio)
-        print(f"r={ratio:<4} {result['budget_mib']:5} MiB  edgert {result['tok_s']:6.2f} tok/s  llama.cpp "
-              f"{result['peer_tok_s']:5.2f}  x{result['multiple']:.1f}  disk {result['disk_utilisation']:.0%} of "
-              f"{result['raw_gb_s']:.2f} GB/s  ttft {result['ttft_s']:.2f} / {result['peer_ttft_s']:.2f} s", flush=True)
-        print(json.dumps(result), flush=True)
+    ratios = [float(text) for text in args.ratios.split(",")]
+    if args.what == "budgets":
+        rows = budgets(args)
+    elif args.what == "decode":
+        rows = [decode(args, ratio) for ratio in ratios]
+    else:
+        rows = [prefill(args, ratio, int(n)) for ratio in ratios for n in args.prompts.split(",")]
+    for row in rows:
+        print(json.dumps({"model": args.model.name, "what": args.what, **row}), flush=True)
 
 
 if __name__ == "__main__":

@@ -118,9 +118,10 @@ class WindowWeights:
                 "window_bytes": self.residency.window_bytes, "read_method": self._files[0].method}
 
     def _open_files(self, model: ModelFile) -> None:
-        self._files.extend(DirectFile(path) for path in model.parts)
-        if sum(file.size_bytes for file in self._files) != model.file_bytes:
-            raise ModelFileError(str(model.path), "the file has changed since its header was read", "Start again.")
+        for path, n_bytes in zip(model.parts, model.part_bytes, strict=True):
+            self._files.append(DirectFile(path))
+            if self._files[-1].size_bytes != n_bytes:
+                raise ModelFileError(str(path), "the file has changed since its header was read", "Start again.")
 
     def _pin(self, pieces: Sequence[Piece]) -> None:
         reads = []

@@ -219,6 +219,7 @@ class BlockwiseGraphs:
         if self._buffer is not None:
             self._buffer.close()
             self._buffer = None
+        self._work_bytes = 0
 
 
 class BlockState:

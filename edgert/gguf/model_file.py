@@ -35,7 +35,7 @@ class ModelFile:
     parts: tuple[Path, ...]
     metadata: Mapping[str, Value] = field(repr=False)
     tensors: Mapping[str, TensorInfo] = field(repr=False)
-    file_bytes: int
+    part_bytes: tuple[int, ...]
     n_parameters: int
     data_starts: tuple[int, ...]
 
@@ -47,8 +47,13 @@ class ModelFile:
         parts = part_paths(path, first)
         headers = read_parts(first, parts)
         tensors = joined_tensors(path, headers)
-        return cls(path, parts, first.metadata, MappingProxyType(tensors), sum(one.file_bytes for one in headers),
+        return cls(path, parts, first.metadata, MappingProxyType(tensors), tuple(one.file_bytes for one in headers),
                    sum(one.n_elements for one in tensors.values()), tuple(one.data_start for one in headers))
+
+    @property
+    def file_bytes(self) -> int:
+        """Of all parts together."""
+        return sum(self.part_bytes)
 
     @property
     def architecture(self) -> str:
