@@ -87,7 +87,7 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, kv: Dens
     compute_bytes = _measure(backend, pieces, model, arch, kv, graphs, batch_size)
     for path, data_start in zip(model.parts, model.data_starts, strict=True):
         forget_cached(path, data_start + _READAHEAD_BYTES)
-    fixed_bytes = (_process_bytes(probe, budget_bytes) + _growth_bytes(arch, kv.context_length, batch_size)
+    fixed_bytes = (_process_bytes(probe, budget_bytes) + _growth_bytes(arch, kv.context_length)
                    + kv.size_bytes + compute_bytes + EmbeddingRows.bytes_needed(model, batch_size))
     residency = choose(pieces, budget_bytes - fixed_bytes, budget_bytes, fixed_bytes)
     _log_plan(residency, budget_bytes, fixed_bytes, compute_bytes, kv.size_bytes)
@@ -98,7 +98,7 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, kv: Dens
 def _measure(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
              graphs: BlockwiseGraphs, batch_size: int) -> int:
     headers = Headers(backend, pieces, model, batch_size)
-    n_tokens = min(batch_size, kv.context_length)
+    n_tokens = min(graphs.max_part_tokens(batch_size), kv.context_length)
     sizes = (n_tokens, min(n_tokens, MAX_DECODE_TOKENS))
     largest = [Batch(np.zeros(n, np.int32), kv.context_length - n) for n in sizes]
     try:
@@ -107,11 +107,11 @@ def _measure(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: 
         headers.close()
 
 
-def _growth_bytes(arch: Architecture, context_length: int, batch_size: int) -> int:
+def _growth_bytes(arch: Architecture, context_length: int) -> int:
     """What comes beside the compute buffers once a prompt fills the context: the hidden states of all its batches,
-    and graphs for prefill (one shape a batch) and decode (one every CELLS_PER_BUCKET tokens), two kinds of layers."""
+    and graphs for prefill and for decode (one every CELLS_PER_BUCKET tokens in each), two kinds of layers."""
     hidden_bytes = context_length * (arch.hp.hidden_size + arch.hp.carried_size) * 4
-    n_shapes = context_length // batch_size + context_length // CELLS_PER_BUCKET
+    n_shapes = 2 * context_length // CELLS_PER_BUCKET
     return _GROWTH_BYTES + hidden_bytes + min(MAX_GRAPHS, 32 + 2 * n_shapes) * _GRAPH_BYTES
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from settling import check_settles, descriptors_and_threads
 from tiny_models import write_tiny_model
 from tiny_vocabulary import vocabulary_keys
 
@@ -25,18 +26,19 @@ MIB = 2**20
 GREEDY = SamplingParams(temperature=0)
 
 
-def repeat(action: Callable[[], object], times: int = 30) -> tuple[int, int, int]:
-    """How many bytes, descriptors and threads `times` repetitions leave, once everything that stays is there."""
+def repeat(action: Callable[[], object], times: int = 30) -> int:
+    """How many bytes `times` repetitions leave, once everything that stays is there. They leave no descriptor and no
+    thread."""
     for _ in range(4):
         action()
     gc.collect()
     process = psutil.Process()
-    before = process.memory_info().rss, process.num_fds(), process.num_threads()
+    rss_bytes, held = process.memory_info().rss, descriptors_and_threads()
     for _ in range(times):
         action()
     gc.collect()
-    after = process.memory_info().rss, process.num_fds(), process.num_threads()
-    return after[0] - before[0], after[1] - before[1], after[2] - before[2]
+    check_settles(*held)
+    return process.memory_info().rss - rss_bytes
 
 
 @pytest.mark.parametrize("options", [{}, {"layout": "repack"}, {"kv_type": "q8_0"}, {"memory": "4G"}, {"threads": 2}],
@@ -51,9 +53,7 @@ def test_thirty_loads_and_answers_leave_nothing(options: dict[str, Any], tiny_mo
             runtime.generate("and on", max_tokens=2).result()
             next(iter(runtime.generate("left alone")))
 
-    n_bytes, n_descriptors, n_threads = repeat(use)
-    assert n_bytes < 12 * MIB  # 30 times a megabyte and more
-    assert (n_descriptors, n_threads) == (0, 0)
+    assert repeat(use) < 12 * MIB  # 30 times a megabyte and more
 
 
 def test_many_requests_to_one_runtime_leave_nothing(tiny_model: TinyModel) -> None:
@@ -65,9 +65,7 @@ def test_many_requests_to_one_runtime_leave_nothing(tiny_model: TinyModel) -> No
             runtime.generate(prompt, max_tokens=3, sampling=SamplingParams(seed=1)).result()
 
         runtime.generate([1] * 4000, max_tokens=3).result()  # the cache takes its memory as it fills, and keeps it
-        n_bytes, n_descriptors, n_threads = repeat(use, 60)
-        assert n_bytes < 8 * MIB
-        assert (n_descriptors, n_threads) == (0, 0)
+        assert repeat(use, 60) < 8 * MIB
 
 
 def _fails(path: Path, error: type[EdgertError], **options: Any) -> Callable[[], None]:
@@ -92,9 +90,7 @@ def test_loads_that_fail_leave_nothing(tiny_model: TinyModel, tmp_path: Path, mo
     for attempt in (_fails(wrong_vocabulary, ModelFileError), _fails(sound, OutOfMemory, context=2**26),
                     _fails(sound, BudgetTooSmall, memory="1M"), _fails(sound, UsageError, layout="fast")):
         closed.clear()
-        n_bytes, n_descriptors, n_threads = repeat(attempt, 10)
-        assert n_bytes < 16 * MIB
-        assert (n_descriptors, n_threads) == (0, 0)
+        assert repeat(attempt, 10) < 16 * MIB
         assert sum(closed) == 14
 
 

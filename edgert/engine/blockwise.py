@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.architectures.base import Architecture, Weights
-from edgert.engine.batch import Batch, Phase
+from edgert.engine.batch import MAX_PART_TOKENS, Batch, Phase, in_parts
 from edgert.engine.fused import Inputs, State, n_nodes
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.errors import OutOfMemory
@@ -24,8 +24,9 @@ from edgert.ggml.backend import Allocator, Backend, Buffer
 from edgert.ggml.graph import Context, Graph, Tensor
 
 _ALIGN = 64
-# A prompt of 8k tokens passes in 16 batches, each with an attention graph for every kind of layer (60 KiB each).
-MAX_GRAPHS, _MAX_SHAPES = 128, 32
+# A prompt of 8k tokens passes in parts whose attention reads 32 numbers of cells: a shape each, and an attention graph
+# for every kind of layer (60 KiB each).
+MAX_GRAPHS, _MAX_SHAPES = 128, 64
 _MAX_OUTPUT_PARTS = 1024
 
 
@@ -124,6 +125,15 @@ class BlockwiseGraphs:
         finally:
             for state in states:
                 state.close()
+
+    def in_parts(self, batches: list[Batch]) -> list[Batch]:
+        """The batches as what is computed at once. Not those of a model with experts, whose kernels go by how many of
+        a batch's tokens came to each."""
+        return batches if self.arch.hp.n_experts else [part for batch in batches for part in in_parts(batch)]
+
+    def max_part_tokens(self, batch_size: int) -> int:
+        """The most tokens that are computed at once."""
+        return batch_size if self.arch.hp.n_experts else min(batch_size, MAX_PART_TOKENS)
 
     def reserve(self, batches: list[Batch], forward: Callable[[list[State]], None]) -> int:
         """Allocate what these batches need, without computing. Bytes; later steps of no larger shape take none."""

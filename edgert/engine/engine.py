@@ -50,7 +50,7 @@ class Engine:
         batches = split(token_ids, self.kv.length, self.batch_size, n_outputs)
         if isinstance(self._graphs, BlockwiseGraphs):
             with self._trace.span(f"{batches[0].phase} {len(token_ids)}", "compute"):
-                logits = self._graphs.run(batches, self._forward)
+                logits = self._graphs.run(self._graphs.in_parts(batches), self._forward)
             self.kv.commit(batches[-1])
         else:
             for batch in batches:

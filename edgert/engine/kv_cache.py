@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -195,12 +196,20 @@ def fill_causal(mask: NDArray[np.float16], start: int, window: int = 0) -> None:
 
     With a window, only the last `window` cells up to its own are visible to a token.
     """
-    for row, end in enumerate(range(start + 1, start + 1 + (1 if mask.ndim == 1 else len(mask)))):
-        visible = mask if mask.ndim == 1 else mask[row]
-        visible[:end] = 0
-        visible[end:] = -np.inf
-        if window:
-            visible[:max(0, end - window)] = -np.inf
+    rows = mask.reshape(-1, mask.shape[-1])
+    end = start + len(rows)
+    rows[:, :start] = 0
+    rows[:, start:end] = _triangle(len(rows))
+    rows[:, end:] = -np.inf
+    if window:
+        for row, n_visible in zip(rows, range(start + 1, end + 1), strict=True):
+            row[:max(0, n_visible - window)] = -np.inf
+
+
+@lru_cache(maxsize=8)
+def _triangle(n: int) -> NDArray[np.float16]:
+    """(n, n): 0 up to the diagonal, then -inf."""
+    return np.triu(np.full((n, n), -np.inf, np.float16), 1)
 
 
 def _largest_power_of_two_factor(n: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from seams import WEIGHT_SOURCES
+from settling import check_settles, descriptors_and_threads
 
 from edgert.architectures.base import EMBEDDING, Architecture, Block
 from edgert.architectures.registry import open_architecture
@@ -199,11 +200,11 @@ def test_closing_gives_everything_back(kind: str, tiny_model: Callable[..., Path
     for _ in range(3):
         use()
     process = psutil.Process()
-    before = process.memory_info().rss, process.num_fds(), process.num_threads()
+    rss_bytes, held = process.memory_info().rss, descriptors_and_threads()
     for _ in range(20):
         use()
-    assert process.memory_info().rss - before[0] < 16 * MIB  # 20 times 8 MiB, had they stayed
-    assert (process.num_fds(), process.num_threads()) == before[1:]
+    assert process.memory_info().rss - rss_bytes < 16 * MIB  # 20 times 8 MiB, had they stayed
+    check_settles(*held)
 
 
 def _cut_short(path: Path) -> None:
@@ -225,8 +226,7 @@ def test_a_file_that_is_not_as_its_header_said_is_a_typed_error(
     model = ModelFile.open(copies[0])
     arch, backend = open_architecture(model), Backend(1)
     harm(copies[-1])
-    process = psutil.Process()
-    n_descriptors, n_threads = process.num_fds(), process.num_threads()
+    before = descriptors_and_threads()
     with pytest.raises(ModelFileError) as raised:
         source = WEIGHT_SOURCES[kind](backend, model, arch)
         try:
@@ -238,5 +238,5 @@ def test_a_file_that_is_not_as_its_header_said_is_a_typed_error(
     assert raised.value.path == str(copies[-1])
     assert raised.value.next_step
     del raised
-    assert (process.num_fds(), process.num_threads()) == (n_descriptors, n_threads)
+    check_settles(*before)
     backend.close()

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+from settling import check_settles, descriptors_and_threads
 
 from edgert.errors import OutOfMemory
 from edgert.ggml.abi import TYPE_F32, TYPE_Q8_0
@@ -146,12 +147,11 @@ def test_closing_gives_memory_and_descriptors_back() -> None:
 
     for _ in range(4):  # the first ones make what stays: OpenMP's threads, what the heap keeps for later
         open_and_close()
-    process = psutil.Process()
-    before, n_descriptors, n_threads = rss_bytes(), process.num_fds(), process.num_threads()
+    before, held = rss_bytes(), descriptors_and_threads()
     for _ in range(50):
         open_and_close()
     assert rss_bytes() - before < 24 * MIB  # one round holds 24 MiB
-    assert (process.num_fds(), process.num_threads()) == (n_descriptors, n_threads)
+    check_settles(*held)
 
 
 def test_zeroed_memory_starts_at_a_page(backend: Backend) -> None:
