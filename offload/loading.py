@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgert.architectures.base import OUTPUT, Architecture, Block, Weights
 from edgert.engine.batch import MAX_DECODE_TOKENS, Batch, Phase
-from edgert.engine.blockwise import MAX_GRAPHS, BlockwiseGraphs
+from edgert.engine.blockwise import MAX_GRAPHS, PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Solo
 from edgert.engine.engine import forward
 from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache
@@ -33,6 +33,8 @@ from offload.window import WindowWeights
 # What the process still grows by after its weights are placed: stacks of readers and of compute threads (1 MiB), the
 # template engine (2 MiB), what Python and the C library keep. A graph takes 50 KiB with its Python objects.
 _GROWTH_BYTES, _GRAPH_BYTES = 5 * 2**20, 64 * 2**10
+# What compute buffers may take of the budget before batches are computed in smaller parts.
+_COMPUTE_SHARE = 0.12
 # The kernel reads ahead this far behind a header, more than any disk's read_ahead_kb that we have seen.
 _READAHEAD_BYTES = 32 * 2**20
 _log = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, kv: Dens
                 budget_bytes: int, *, batch_size: int, probe: MemoryProbe, trace: Trace = OFF) -> WindowWeights:
     """Weights within `budget_bytes` for the whole process. Raises BudgetTooSmall before any weight is read."""
     pieces = cut(model, arch)
-    compute_bytes = _measure(backend, pieces, model, arch, kv, graphs, batch_size)
+    compute_bytes = _reserve(backend, pieces, model, arch, kv, graphs, batch_size, budget_bytes)
     for path, data_start in zip(model.parts, model.data_starts, strict=True):
         forget_cached(path, data_start + _READAHEAD_BYTES)
     fixed_bytes = (_process_bytes(probe, budget_bytes) + _growth_bytes(arch, kv.context_length)
@@ -95,14 +97,22 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, kv: Dens
     return WindowWeights(backend, model, arch, residency, arena, batch_size=batch_size, trace=trace)
 
 
-def _measure(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
-             graphs: BlockwiseGraphs, batch_size: int) -> int:
+def _reserve(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
+             graphs: BlockwiseGraphs, batch_size: int, budget_bytes: int) -> int:
+    """Choose how many tokens are computed at once, and allocate what the largest shapes need. Bytes."""
     headers = Headers(backend, pieces, model, batch_size)
-    n_tokens = min(graphs.max_part_tokens(batch_size), kv.context_length)
-    sizes = (n_tokens, min(n_tokens, MAX_DECODE_TOKENS))
-    largest = [Batch(np.zeros(n, np.int32), kv.context_length - n) for n in sizes]
+    n_tokens = min(batch_size, kv.context_length)
+    compute_bytes = 0
     try:
-        return graphs.reserve(largest, lambda states: forward(states, arch, headers, Solo()))
+        for part_tokens in PART_TOKENS:
+            graphs.part_tokens = part_tokens
+            most = max(part.n_tokens for part in graphs.in_parts([Batch(np.zeros(n_tokens, np.int32), 0)]))
+            sizes = (most, min(most, MAX_DECODE_TOKENS))
+            largest = [Batch(np.zeros(n, np.int32), kv.context_length - n) for n in sizes]
+            compute_bytes = graphs.reserve(largest, lambda states: forward(states, arch, headers, Solo()))
+            if arch.hp.n_experts or compute_bytes <= _COMPUTE_SHARE * budget_bytes:
+                break
+        return compute_bytes
     finally:
         headers.close()
 

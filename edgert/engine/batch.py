@@ -13,9 +13,8 @@ Phase = Literal["prefill", "decode"]
 # Up to this many tokens a batch is weight-bound and uses the layout that is best for one token.
 MAX_DECODE_TOKENS = 4
 # A batch computed in parts of this many tokens or more has the same bits: ggml's kernels change their way at fewer
-# (attention takes 64 queries at a time), and every multiple of 64 keeps the tiles where they were.
-PART_TOKENS = 64
-MAX_PART_TOKENS = 2 * PART_TOKENS - 1
+# (attention takes 64 queries at a time), and boundaries at multiples of 64 keep the tiles where they were.
+LEAST_PART_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,16 @@ def split(token_ids: NDArray[np.int32], start: int, batch_size: int, n_outputs: 
             for a, b in zip(starts, ends, strict=True)]
 
 
-def in_parts(batch: Batch) -> list[Batch]:
-    """The batch as several of PART_TOKENS tokens, the last one with what is left over: the same results, bit for bit,
-    in compute buffers that need not hold more than MAX_PART_TOKENS. Wanted logits lie in the last part together."""
-    n_parts = max(1, min(batch.n_tokens, batch.n_tokens - batch.n_outputs + PART_TOKENS) // PART_TOKENS)
-    ends = [*range(PART_TOKENS, n_parts * PART_TOKENS, PART_TOKENS), batch.n_tokens]
+def in_parts(batch: Batch, part_tokens: int) -> list[Batch]:
+    """The batch as several of at most `part_tokens` (a multiple of LEAST_PART_TOKENS, twice that or more): the same
+    results, bit for bit, in smaller compute buffers. No part is shorter than LEAST_PART_TOKENS, unless the batch is.
+    Wanted logits lie in the last part together, which may be longer for that."""
+    ends, start, least = [], 0, max(LEAST_PART_TOKENS, batch.n_outputs)
+    while batch.n_tokens - start > part_tokens:
+        longest = max(0, batch.n_tokens - start - least) // LEAST_PART_TOKENS * LEAST_PART_TOKENS
+        if not longest:
+            break
+        start += min(part_tokens, longest)
+        ends.append(start)
     return [Batch(batch.token_ids[a:b], batch.start + a, batch.n_outputs if b == batch.n_tokens else 0)
-            for a, b in pairwise([0, *ends])]
+            for a, b in pairwise([0, *ends, batch.n_tokens])]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgert.engine.batch import MAX_DECODE_TOKENS, MAX_PART_TOKENS, PART_TOKENS, Batch, in_parts, split
+from edgert.engine.batch import LEAST_PART_TOKENS, MAX_DECODE_TOKENS, Batch, in_parts, split
 
 
 def shapes(n_tokens: int, start: int, batch_size: int, n_outputs: int = 1) -> list[tuple[int, int, int]]:
@@ -70,13 +70,13 @@ def test_a_few_tokens_are_decoding_more_are_prefill() -> None:
 
 
 @settings(derandomize=True)
-@given(st.data(), st.integers(1, 1100), st.integers(0, 5000))
-def test_parts_keep_every_token_in_order(data: st.DataObject, n_tokens: int, start: int) -> None:
-    n_outputs = data.draw(st.integers(0, n_tokens))
-    parts = in_parts(Batch(np.arange(n_tokens, dtype=np.int32), start, n_outputs))
+@given(st.data(), st.integers(1, 1100), st.integers(0, 5000), st.sampled_from([128, 256]))
+def test_parts_keep_every_token_in_order(data: st.DataObject, n_tokens: int, start: int, part_tokens: int) -> None:
+    n_outputs = data.draw(st.one_of(st.integers(0, min(n_tokens, 8)), st.integers(0, n_tokens)))
+    parts = in_parts(Batch(np.arange(n_tokens, dtype=np.int32), start, n_outputs), part_tokens)
     assert np.concatenate([part.token_ids for part in parts]).tolist() == list(range(n_tokens))
     assert [part.start for part in parts] == [start + int(part.token_ids[0]) for part in parts]
     assert [part.n_outputs for part in parts] == [0] * (len(parts) - 1) + [n_outputs]
-    assert all(part.n_tokens == PART_TOKENS for part in parts[:-1])
-    assert parts[-1].n_tokens >= min(n_tokens, PART_TOKENS, max(1, n_outputs))
-    assert parts[-1].n_tokens <= max(MAX_PART_TOKENS, n_outputs + PART_TOKENS)
+    assert all(part.n_tokens % LEAST_PART_TOKENS == 0 for part in parts[:-1])
+    assert parts[-1].n_tokens >= min(n_tokens, max(LEAST_PART_TOKENS, n_outputs))
+    assert all(part.n_tokens <= max(part_tokens, part.n_outputs + LEAST_PART_TOKENS) for part in parts)
