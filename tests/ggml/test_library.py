@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +80,27 @@ def test_an_unknown_platform_is_told_where_edgert_runs(monkeypatch: pytest.Monke
     with pytest.raises(NativeLibraryError, match="does not run on") as raised:
         library.load_libraries.__wrapped__()
     assert "WSL" in raised.value.next_step
+
+
+_FREED = """
+import ctypes, psutil
+from edgert.ggml.library import load_libraries
+load_libraries()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def block(n_bytes):
+    address = libc.malloc(n_bytes)
+    ctypes.memset(address, 1, n_bytes)
+    return address
+libc.free(block(24 << 20))  # glibc now takes blocks of this size for ordinary ones, unless told otherwise
+large, small = block(16 << 20), block(4096)
+before = psutil.Process().memory_info().rss
+libc.free(large)
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_large_blocks_that_are_freed_go_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", _FREED], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) > 12 << 20
