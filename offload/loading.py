@@ -7,7 +7,7 @@ guessed: graphs of the largest shapes are laid out before the first byte of a we
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,6 +18,7 @@ from edgert.engine.batch import MAX_DECODE_TOKENS, Batch, Phase
 from edgert.engine.blockwise import MAX_GRAPHS, PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Solo
 from edgert.engine.engine import forward
+from edgert.engine.expert_graphs import Choice
 from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache
 from edgert.engine.trace import OFF, Trace
 from edgert.ggml.backend import Backend
@@ -27,6 +28,7 @@ from edgert.memory.probe import MemoryProbe
 from offload.arena import HUGE_PAGE_BYTES, Arena
 from offload.direct_file import forget_cached
 from offload.embedding import EmbeddingRows
+from offload.experts import PoolShape, least_slots, split_experts
 from offload.residency import Piece, Residency, choose, cut
 from offload.window import WindowWeights
 
@@ -45,11 +47,16 @@ class Headers:
 
     resident = False
 
-    def __init__(self, backend: Backend, pieces: Sequence[Piece], model: ModelFile, batch_size: int) -> None:
+    def __init__(self, backend: Backend, pieces: Sequence[Piece], model: ModelFile, batch_size: int,
+                 n_slots: int = 1) -> None:
         self._context = Context(len(pieces) + 1)
         # Placed where nothing is ever read: the allocator must only not give them memory of its own.
         self._buffer = backend.wrap(HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
         self._blocks: dict[Block, dict[str, Tensor]] = {}
+        pieces, experts = split_experts(pieces)
+        self.experts = _AnyExperts({
+            layer: {piece.spec.key: self._tensor(piece.type_id, (*piece.shape[:2], n_slots)) for piece in of_layer}
+            for layer, of_layer in _by_layer(experts).items()}) if experts else None
         for piece in pieces:
             self._blocks.setdefault(piece.block, {})[piece.spec.key] = self._tensor(piece.type_id, piece.shape)
         for block, weights in self._blocks.items():
@@ -82,25 +89,77 @@ class Headers:
         self._buffer.close()
 
 
+class _AnyExperts:
+    """Experts that nobody reads."""
+
+    holds_a_layer = True
+
+    def __init__(self, layers: Mapping[int, Weights]) -> None:
+        self._layers = layers
+
+    def request(self, layer: int, last_use: Mapping[int, int]) -> None:
+        """Nothing moves."""
+
+    def waves(self, layer: int, last_use: Mapping[int, int]) -> Iterator[Mapping[int, int]]:
+        yield dict.fromkeys(last_use, 0)
+
+    def weights(self, layer: int) -> Weights:
+        return self._layers[layer]
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
 def open_window(backend: Backend, model: ModelFile, arch: Architecture, kv: DenseKVCache, graphs: BlockwiseGraphs,
                 budget_bytes: int, *, batch_size: int, probe: MemoryProbe, trace: Trace = OFF) -> WindowWeights:
     """Weights within `budget_bytes` for the whole process. Raises BudgetTooSmall before any weight is read."""
     pieces = cut(model, arch)
+<<<<<<< ours
     compute_bytes = _reserve(backend, pieces, model, arch, kv, graphs, batch_size, budget_bytes)
+=======
+    static, experts = split_experts(pieces)
+    shape = PoolShape.of(experts) if experts else None
+    most_slots = min(arch.hp.n_layers * arch.hp.n_experts, budget_bytes // shape.slot_bytes + 1) if shape else 1
+    compute_bytes = _measure(backend, pieces, model, arch, kv, graphs, batch_size, most_slots)
+>>>>>>> theirs
     for path, data_start in zip(model.parts, model.data_starts, strict=True):
         forget_cached(path, data_start + _READAHEAD_BYTES)
     fixed_bytes = (_process_bytes(probe, budget_bytes) + _growth_bytes(arch, kv.context_length)
                    + kv.size_bytes + compute_bytes + EmbeddingRows.bytes_needed(model, batch_size))
-    residency = choose(pieces, budget_bytes - fixed_bytes, budget_bytes, fixed_bytes)
-    _log_plan(residency, budget_bytes, fixed_bytes, compute_bytes, kv.size_bytes)
-    arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, batch_size))
-    return WindowWeights(backend, model, arch, residency, arena, batch_size=batch_size, trace=trace)
+    later_tokens = max(0, kv.context_length - batch_size)
+    residency, pool = _share_out(static, shape, arch, budget_bytes, fixed_bytes, later_tokens)
+    _log_plan(residency, budget_bytes, fixed_bytes, compute_bytes, kv.size_bytes, pool)
+    arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, batch_size)
+                  + (pool[1] * pool[0].slot_bytes if pool else 0))
+    return WindowWeights(backend, model, arch, residency, arena, batch_size=batch_size, trace=trace, pool=pool)
 
 
+def _share_out(static: Sequence[Piece], shape: PoolShape | None, arch: Architecture, budget_bytes: int,
+               fixed_bytes: int, later_tokens: int) -> tuple[Residency, tuple[PoolShape, int] | None]:
+    """Experts get what is left when everything else is pinned, or as little as works while something else streams."""
+    if shape is None:
+        return choose(static, budget_bytes - fixed_bytes, budget_bytes, fixed_bytes), None
+    least_bytes = least_slots(arch.hp) * shape.slot_bytes
+    taken_bytes = fixed_bytes + least_bytes
+    residency = choose(static, budget_bytes - taken_bytes, budget_bytes, taken_bytes)
+    left_bytes = budget_bytes - fixed_bytes - residency.pinned_bytes - residency.window_bytes
+    n_slots = min(left_bytes // shape.slot_bytes, arch.hp.n_layers * arch.hp.n_experts)
+    outputs_bytes = Choice.size_bytes(arch.hp, later_tokens)
+    if n_slots < arch.hp.n_experts and outputs_bytes:  # all batches of a prompt keep their experts' outputs at once
+        return _share_out(static, shape, arch, budget_bytes, fixed_bytes + outputs_bytes, 0)
+    return residency, (shape, n_slots)
+
+
+<<<<<<< ours
 def _reserve(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
              graphs: BlockwiseGraphs, batch_size: int, budget_bytes: int) -> int:
     """Choose how many tokens are computed at once, and allocate what the largest shapes need. Bytes."""
     headers = Headers(backend, pieces, model, batch_size)
+=======
+def _measure(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
+             graphs: BlockwiseGraphs, batch_size: int, n_slots: int) -> int:
+    headers = Headers(backend, pieces, model, batch_size, n_slots)
+>>>>>>> theirs
     n_tokens = min(batch_size, kv.context_length)
     compute_bytes = 0
     try:
@@ -121,8 +180,14 @@ def _growth_bytes(arch: Architecture, context_length: int) -> int:
     """What comes beside the compute buffers once a prompt fills the context: the hidden states of all its batches,
     and graphs for prefill and for decode (one every CELLS_PER_BUCKET tokens in each), two kinds of layers."""
     hidden_bytes = context_length * (arch.hp.hidden_size + arch.hp.carried_size) * 4
+<<<<<<< ours
     n_shapes = 2 * context_length // CELLS_PER_BUCKET
     return _GROWTH_BYTES + hidden_bytes + min(MAX_GRAPHS, 32 + 2 * n_shapes) * _GRAPH_BYTES
+=======
+    n_shapes = context_length // batch_size + context_length // CELLS_PER_BUCKET
+    n_graphs = MAX_GRAPHS if arch.hp.n_experts else min(MAX_GRAPHS, 32 + 2 * n_shapes)  # experts: every size of a wave
+    return _GROWTH_BYTES + hidden_bytes + n_graphs * _GRAPH_BYTES
+>>>>>>> theirs
 
 
 def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:
@@ -135,8 +200,17 @@ def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:
     return resident
 
 
-def _log_plan(residency: Residency, budget_bytes: int, fixed_bytes: int, compute_bytes: int, kv_bytes: int) -> None:
+def _by_layer(pieces: Sequence[Piece]) -> dict[int, list[Piece]]:
+    layers: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        layers.setdefault(piece.block.layer, []).append(piece)
+    return layers
+
+
+def _log_plan(residency: Residency, budget_bytes: int, fixed_bytes: int, compute_bytes: int, kv_bytes: int,
+              pool: tuple[PoolShape, int] | None) -> None:
     figures = {"budget": budget_bytes, "fixed": fixed_bytes, "compute": compute_bytes, "kv": kv_bytes,
                "pinned": residency.pinned_bytes, "window": residency.window_bytes,
-               "streamed_per_pass": residency.streamed_bytes}
+               "streamed_per_pass": residency.streamed_bytes,
+               "experts": pool[1] * pool[0].slot_bytes if pool else 0}
     _log.info("plan: %s", ", ".join(f"{name} {n_bytes / 2**20:.1f} MiB" for name, n_bytes in figures.items()))

@@ -28,6 +28,7 @@ from edgert.gguf.model_file import ModelFile
 from offload.arena import Arena
 from offload.direct_file import DirectFile
 from offload.embedding import EmbeddingRows
+from offload.experts import ExpertPool, PoolShape
 from offload.readers import Read, Readers, aligned_range
 from offload.residency import Piece, Residency
 
@@ -76,17 +77,22 @@ class WindowWeights:
     resident = False
 
     def __init__(self, backend: Backend, model: ModelFile, arch: Architecture, residency: Residency, arena: Arena,
-                 *, n_threads: int = 4, batch_size: int = 512, trace: Trace = OFF) -> None:
+                 *, n_threads: int = 4, batch_size: int = 512, trace: Trace = OFF,
+                 pool: tuple[PoolShape, int] | None = None) -> None:
         self._arena, self._trace, self.residency = arena, trace, residency
         self._is_cancelled: Callable[[], bool] = lambda: backend.cancel.is_set
         self._files: list[DirectFile] = []
         self._readers, self._row_readers = Readers(n_threads), Readers(_ROW_THREADS)
+        self.experts: ExpertPool | None = None
         self._buffer: Buffer = backend.wrap(arena.base, arena.size_bytes)
         self._buffer.mark_as_weights()
         pieces = [*residency.pinned, *residency.streamed]
         self._context = Context(len(pieces) + 8)
         self._tensors = {piece: self._context.tensor(piece.type_id, piece.shape, piece.spec.name) for piece in pieces}
         self._blocks = _by_block(pieces)
+        self._weights: dict[Block, Weights] = {
+            block: {piece.spec.key: self._tensors[piece] for piece in of_block}
+            for block, of_block in self._blocks.items()}
         self.n_output_parts = sum(block.kind == "output" for block in self._blocks)
         self._last = Block("output", self.n_output_parts - 1)
         self._cycle = residency.streamed
@@ -98,6 +104,10 @@ class WindowWeights:
             self._open_files(model)
             self.embedding = EmbeddingRows(self._files, model, self._context, self._buffer, arena, batch_size,
                                            self._row_readers)
+            if pool is not None:
+                shape, n_slots = pool
+                self.experts = ExpertPool(shape, arch.hp, n_slots, arena, self._buffer, self._files, self._is_cancelled,
+                                          n_threads=n_threads, trace=trace)
             self._pin(residency.pinned)
         except BaseException:
             self.close()
@@ -111,11 +121,13 @@ class WindowWeights:
 
     @property
     def streamed_bytes(self) -> int:
-        return self._readers.bytes_read + self.embedding.bytes_read - self.pinned_bytes
+        experts_bytes = self.experts.bytes_read if self.experts else 0
+        return self._readers.bytes_read + self.embedding.bytes_read + experts_bytes - self.pinned_bytes
 
     def plan(self) -> dict[str, Any]:
         return {"weights": "streamed", "streamed_bytes_per_pass": self.residency.streamed_bytes,
-                "window_bytes": self.residency.window_bytes, "read_method": self._files[0].method}
+                "window_bytes": self.residency.window_bytes, "read_method": self._files[0].method,
+                **(self.experts.plan() if self.experts else {})}
 
     def _open_files(self, model: ModelFile) -> None:
         for path, n_bytes in zip(model.parts, model.part_bytes, strict=True):
@@ -152,10 +164,9 @@ class WindowWeights:
 
     @contextmanager
     def lease(self, block: Block, phase: Phase) -> Iterator[Weights]:
-        pieces = self._blocks[block]
         n_streamed = self._wait_for(block)
         try:
-            yield {piece.spec.key: self._tensors[piece] for piece in pieces}
+            yield self._weights[block]
         finally:
             for _ in range(n_streamed):
                 self._ring.free(self._ring_pieces.popleft().ring_bytes)
@@ -200,7 +211,9 @@ class WindowWeights:
         """The order never changes: the readers know it."""
 
     def close(self) -> None:
-        if not all([self._readers.close(self._arena), self._row_readers.close(self._arena)]):
+        everyone = [one for one in (self._readers, self._row_readers, self.experts) if one is not None]
+        have_ended = [one.close(self._arena) for one in everyone]
+        if not all(have_ended):
             _log.warning("%s: the disk does not answer; memory that it may still write to is kept", self._files[0].path)
             return
         self._buffer.close()

@@ -122,6 +122,10 @@ class Architecture(Protocol):
         layer: a router that comes before attention, so that its experts can be fetched meanwhile. None for most."""
         return None
 
+    def foresee(self, g: Graph, layer: int, carried: Tensor) -> Tensor:
+        """(n_experts_used, n_tokens) int32: the experts that `ffn` will choose, of what `carry` gave alone."""
+        raise AssertionError(f"{self.hp.architecture} carries nothing that names its experts")
+
     def attention(self, g: Graph, layer: int, w: Weights, x: Tensor, inputs: StepInputs) -> Tensor:
         """This rank's part of the attention block's output, to be summed over ranks."""
         ...

@@ -7,7 +7,7 @@ Source: arXiv 2401.04088, section 2.1. Shapes in ggml's order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from edgert.architectures.base import Hyperparameters, TensorSpec, Weights
 from edgert.architectures.layers import vector
@@ -29,6 +29,18 @@ class Routing:
     x: Tensor  # (hidden_size, n_tokens): the experts' input, normed
     weights: Tensor  # (1, n_experts_used, n_tokens)
     ids: Tensor  # (n_experts_used, n_tokens) int32, best first
+
+
+class ExpertArchitecture(Protocol):
+    """What a family with experts gives beside what every family does (edgert/architectures/base.py)."""
+
+    def router(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> Routing:
+        """The choice for the hidden state x; of the FFN block's weights, it reads the norm and the router."""
+        ...
+
+    def experts(self, g: Graph, layer: int, w: Weights, x: Tensor, ids: Tensor) -> Tensor:
+        """The chosen experts' outputs, as `outputs` gives them; it reads the experts alone."""
+        ...
 
 
 def check_experts(model: ModelFile, hp: Hyperparameters) -> None:
@@ -83,15 +95,25 @@ def _ordered(g: Graph, scores: Tensor) -> Tensor:
     return g.clamp(scores, -_LARGEST_FLOAT32, _LARGEST_FLOAT32)
 
 
-def experts(g: Graph, w: Weights, routing: Routing, activation: Activation) -> Tensor:
-    """The chosen experts' outputs, added by weight in the router's order. (hidden_size, n_tokens)."""
-    hidden_size, n_tokens = routing.x.ne[:2]
-    n_used = routing.ids.ne[0]
-    x = g.reshape(routing.x, hidden_size, 1, n_tokens)
-    up = g.mul_mat_id(w["ffn_up_exps.weight"], x, routing.ids)  # (expert_ffn_size, n_used, n_tokens)
-    gate = g.mul_mat_id(w["ffn_gate_exps.weight"], x, routing.ids)
-    down = g.mul_mat_id(w["ffn_down_exps.weight"], g.gated(gate, up, activation), routing.ids)
-    weighted = g.mul(down, routing.weights)  # (hidden_size, n_used, n_tokens)
+def ffn(g: Graph, arch: ExpertArchitecture, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> Tensor:
+    """Both steps at once, for weights that are all in memory. (hidden_size, n_tokens)."""
+    routing = arch.router(g, layer, w, x, carried)
+    return weigh(g, arch.experts(g, layer, w, routing.x, routing.ids), routing.weights)
+
+
+def outputs(g: Graph, w: Weights, x: Tensor, ids: Tensor, activation: Activation) -> Tensor:
+    """(hidden_size, n_used, n_tokens): what each token's experts `ids` (n_used, n_tokens) say of x (hidden_size,
+    n_tokens). An id counts along the last dimension of the weights, whatever lies there."""
+    x = g.reshape(x, x.ne[0], 1, x.ne[1])
+    up = g.mul_mat_id(w["ffn_up_exps.weight"], x, ids)  # (expert_ffn_size, n_used, n_tokens)
+    gate = g.mul_mat_id(w["ffn_gate_exps.weight"], x, ids)
+    return g.mul_mat_id(w["ffn_down_exps.weight"], g.gated(gate, up, activation), ids)
+
+
+def weigh(g: Graph, outputs: Tensor, weights: Tensor) -> Tensor:
+    """(hidden_size, n_tokens) of outputs (hidden_size, n_used, n_tokens) and weights (1, n_used, n_tokens)."""
+    hidden_size, n_used, n_tokens, _ = outputs.ne
+    weighted = g.mul(outputs, weights)
     rows = [g.view(weighted, (hidden_size, n_tokens), (weighted.nb[2],), i * weighted.nb[1]) for i in range(n_used)]
     total = rows[0]
     for row in rows[1:]:

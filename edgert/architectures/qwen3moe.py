@@ -61,15 +61,15 @@ class Qwen3Moe(Architecture):
         return g.add(summed, x)
 
     def ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> Tensor:
-        return self.experts(g, layer, w, self.router(g, layer, w, x, carried))
+        return moe.ffn(g, self, layer, w, x, carried)
 
     def router(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> moe.Routing:
         x = g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps)
         logits = g.mul_mat(w["ffn_gate_inp.weight"], x)
         return moe.route(g, x, logits, self.hp.n_experts_used, "softmax", normalise=True)
 
-    def experts(self, g: Graph, layer: int, w: Weights, routing: moe.Routing) -> Tensor:
-        return moe.experts(g, w, routing, "silu")
+    def experts(self, g: Graph, layer: int, w: Weights, x: Tensor, ids: Tensor) -> Tensor:
+        return moe.outputs(g, w, x, ids, "silu")
 
     def add_ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, summed: Tensor) -> Tensor:
         return g.add(summed, x)

@@ -74,6 +74,9 @@ class SmallThinker(Architecture):
         """The router's logits (n_experts, n_tokens), of the layer's input as it comes."""
         return g.mul_mat(w["ffn_gate_inp.weight"], x)
 
+    def foresee(self, g: Graph, layer: int, carried: Tensor) -> Tensor:
+        return moe.route(g, carried, carried, self.hp.n_experts_used, self._gating, normalise=True).ids
+
     def attention(self, g: Graph, layer: int, w: Weights, x: Tensor, inputs: StepInputs) -> Tensor:
         x = g.rms_norm(x, w["attn_norm.weight"], self.hp.rms_eps)
         q, k, v = layers.project_heads(g, w, x, self.hp.head_dim)
@@ -86,15 +89,15 @@ class SmallThinker(Architecture):
         return g.add(summed, x)
 
     def ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> Tensor:
-        return self.experts(g, layer, w, self.router(g, layer, w, x, carried))
+        return moe.ffn(g, self, layer, w, x, carried)
 
     def router(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> moe.Routing:
         assert carried is not None  # `carry` gives it for every layer
         x = g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps)
         return moe.route(g, x, carried, self.hp.n_experts_used, self._gating, normalise=True)
 
-    def experts(self, g: Graph, layer: int, w: Weights, routing: moe.Routing) -> Tensor:
-        return moe.experts(g, w, routing, "relu")
+    def experts(self, g: Graph, layer: int, w: Weights, x: Tensor, ids: Tensor) -> Tensor:
+        return moe.outputs(g, w, x, ids, "relu")
 
     def add_ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, summed: Tensor) -> Tensor:
         return g.add(summed, x)

@@ -8,14 +8,21 @@ compute buffer: hidden states live per batch, so that a whole prompt can pass on
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.architectures import moe
 from edgert.architectures.base import Architecture, Weights
+<<<<<<< ours
 from edgert.engine.batch import Batch, Phase, in_parts
+=======
+from edgert.engine.batch import Batch, Phase
+from edgert.engine.expert_graphs import Choice, PairInputs, pairs_at_once
+>>>>>>> theirs
 from edgert.engine.fused import Inputs, State, n_nodes
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.errors import OutOfMemory
@@ -28,9 +35,13 @@ _ALIGN = 64
 # for every kind of layer (60 KiB each).
 MAX_GRAPHS, _MAX_SHAPES = 128, 64
 _MAX_OUTPUT_PARTS = 1024
+<<<<<<< ours
 # How many tokens of a batch are computed at once, the default first. Beside 512, prefill takes 2 % longer in parts of
 # 256 and 9 % longer in parts of 128 (Qwen2.5-1.5B, Q4_K), in compute buffers of a half and a quarter.
 PART_TOKENS = (256, 128)
+=======
+_MAX_PAIR_SHAPES = 256  # each some 3 KiB; a prompt's waves have hardly two of one size
+>>>>>>> theirs
 
 
 class _Memory:
@@ -110,6 +121,9 @@ class BlockwiseGraphs:
         self._graphs: OrderedDict[tuple[object, ...], _BlockGraph] = OrderedDict()
         self._scratch: dict[tuple[int, int, int], _Scratch] = {}
         self._buffer: Buffer | None = None
+        self._experts_buffer: Buffer | None = None
+        self._pairs_buffer: Buffer | None = None
+        self._pair_context, self._pair_inputs = Context(3 * _MAX_PAIR_SHAPES), dict[int, PairInputs]()
         self._work_bytes = 0
         self.only_measures = False
         self.part_tokens = PART_TOKENS[0]
@@ -117,8 +131,9 @@ class BlockwiseGraphs:
     @property
     def compute_bytes(self) -> int:
         """Memory of intermediate results, of ggml's work on them, of inputs and logits."""
+        buffers = (self._buffer, self._experts_buffer, self._pairs_buffer)
         return (sum(a.size_bytes for a in self._allocators.values()) + self._work_bytes
-                + (self._buffer.size_bytes if self._buffer else 0))
+                + sum(buffer.size_bytes for buffer in buffers if buffer))
 
     def run(self, batches: list[Batch], forward: Callable[[list[State]], None]) -> NDArray[np.float32] | None:
         """Pass the batches through the model, layer by layer. Logits of the last batch, or None."""
@@ -176,14 +191,39 @@ class BlockwiseGraphs:
                 other.written_for = None
         return self._buffer
 
-    def compute(self, function: Callable[..., Tensor], kind: tuple[object, ...], w: Weights, sources: list[Tensor],
-                into: Tensor, phase: Phase) -> None:
-        """Run `function(graph, weights, *sources)` and copy its result to `into`. Equal `kind`s have equal graphs but
+    def experts_buffer(self, size_bytes: int) -> Buffer:
+        """The memory of what batches compute expert by expert, grown when a step needs more."""
+        if self._experts_buffer is None or self._experts_buffer.size_bytes < size_bytes:
+            if self._experts_buffer is not None:
+                self._experts_buffer.close()
+            self._experts_buffer = self.backend.alloc("the experts' outputs", size_bytes)
+        return self._experts_buffer
+
+    def pair_inputs(self, n_pairs: int) -> PairInputs:
+        """The inputs of a graph over so many pairs, in memory that all sizes share."""
+        size_bytes = PairInputs.size_bytes(n_pairs)
+        too_small = self._pairs_buffer is None or self._pairs_buffer.size_bytes < size_bytes
+        if too_small or len(self._pair_inputs) == _MAX_PAIR_SHAPES:
+            self._pair_inputs.clear()
+            self._pair_context.close()
+            self._pair_context = Context(3 * _MAX_PAIR_SHAPES)
+        if too_small:
+            if self._pairs_buffer is not None:
+                self._pairs_buffer.close()
+            self._pairs_buffer = self.backend.alloc("the experts' inputs", size_bytes)
+        assert self._pairs_buffer is not None
+        if n_pairs not in self._pair_inputs:
+            self._pair_inputs[n_pairs] = PairInputs.at(self._pairs_buffer, self._pair_context, n_pairs)
+        return self._pair_inputs[n_pairs]
+
+    def compute(self, function: Callable[..., Sequence[Tensor]], kind: tuple[object, ...], w: Weights,
+                sources: Sequence[Tensor], into: Sequence[Tensor], phase: Phase) -> None:
+        """Run `function(graph, weights, *sources)` and copy its results to `into`. Equal `kind`s have equal graphs but
         for the types of their weights."""
-        key = (*kind, phase, tuple((k, t.type, bool(t.struct.extra), t.struct.ne[1]) for k, t in w.items()))
+        key = (*kind, phase, *[(k, t.form) for k, t in w.items()])
         built = self._graphs.get(key)
         if built is None:
-            built = self._build(function, w, [*sources, into], phase)
+            built = self._build(function, w, sources, into, phase)
             self._graphs[key] = built
             while len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)[1].close()
@@ -192,19 +232,21 @@ class BlockwiseGraphs:
             return
         for k, placeholder in built.weights.items():
             built.graph.rebind(placeholder, w[k])
-        for placeholder, source in zip(built.arguments, (*sources, into), strict=True):
+        for placeholder, source in zip(built.arguments, (*sources, *into), strict=True):
             built.graph.rebind(placeholder, source)
         self.backend.compute(built.graph)
 
-    def _build(self, function: Callable[..., Tensor], w: Weights, arguments: list[Tensor], phase: Phase) -> _BlockGraph:
+    def _build(self, function: Callable[..., Sequence[Tensor]], w: Weights, sources: Sequence[Tensor],
+               into: Sequence[Tensor], phase: Phase) -> _BlockGraph:
         g = Graph(n_nodes(self.arch.hp, 1))
         weights = {k: g.placeholder(t) for k, t in w.items()}
-        stand_ins = [g.placeholder(t) for t in arguments]
-        *sources, into = stand_ins
-        g.expand(g.copy(function(g, weights, *sources), into))
+        stand_ins = [g.placeholder(t) for t in sources]
+        targets = [g.placeholder(t) for t in into]
+        for result, target in zip(function(g, weights, *stand_ins), targets, strict=True):
+            g.expand(g.copy(result, target))
         self._place(g, phase)
         self._work_bytes = max(self._work_bytes, self.backend.work_bytes(g))
-        return _BlockGraph(g, weights, stand_ins, phase)
+        return _BlockGraph(g, weights, [*stand_ins, *targets], phase)
 
     def _place(self, g: Graph, phase: Phase) -> None:
         moved = True
@@ -233,10 +275,19 @@ class BlockwiseGraphs:
         self._forget_all()
         for allocator in self._allocators.values():
             allocator.close()
+<<<<<<< ours
         if self._buffer is not None:
             self._buffer.close()
             self._buffer = None
         self._work_bytes = 0
+=======
+        for buffer in (self._buffer, self._experts_buffer, self._pairs_buffer):
+            if buffer is not None:
+                buffer.close()
+        self._buffer = self._experts_buffer = self._pairs_buffer = None
+        self._work_bytes = 0
+        self._pair_context.close()
+>>>>>>> theirs
 
 
 class BlockState:
@@ -253,6 +304,8 @@ class BlockState:
         self._memory = _Memory(graphs.backend, context, [self._all, self._outputs, *self._carried])
         self._x = self._all
         self._n_logits_rows = 0
+        self._choice: Choice | None = None
+        self._carried_layer = -1
 
     def embed(self, w: Weights, rows: NDArray[np.int32]) -> None:
         scratch = self._scratch
@@ -263,7 +316,7 @@ class BlockState:
     def attention(self, layer: int, w: Weights) -> Tensor:
         inputs, kv, partial = self._scratch.inputs, self._graphs.kv, self._scratch.partial
         sources = [self._x, *inputs.attention_sources(), kv.k[layer], kv.v[layer]]
-        if self._carried:
+        if self._carried and self._carried_layer != layer:
             self._carry(layer, w)
 
         def function(g: Graph, weights: Weights, x: Tensor, *stand_ins: Tensor) -> Tensor:
@@ -280,6 +333,7 @@ class BlockState:
             return carried
 
         self._compute(function, ("carry", self._arch.layer_kind(layer)), w, [self._x], self._carried[0])
+        self._carried_layer = layer
 
     def add_attention(self, layer: int, w: Weights, summed: Tensor) -> None:
         def function(g: Graph, weights: Weights, x: Tensor, summed: Tensor) -> Tensor:
@@ -291,7 +345,7 @@ class BlockState:
         def function(g: Graph, weights: Weights, x: Tensor, carried: Tensor | None = None) -> Tensor:
             return self._arch.ffn(g, layer, weights, x, carried)
 
-        partial = self._scratch.partial if self._x is self._all else self._scratch.partial_outputs
+        partial = self._partial
         self._compute(function, ("ffn", self._arch.layer_kind(layer)), w, [self._x, *self._carried[:1]], partial)
         return partial
 
@@ -300,6 +354,72 @@ class BlockState:
             return self._arch.add_ffn(g, layer, weights, x, summed)
 
         self._compute(function, ("add_ffn", self._arch.layer_kind(layer)), w, [self._x, summed], self._x)
+
+    def foresee(self, layer: int, w: Weights) -> Mapping[int, int]:
+        self._carry(layer, w)
+        choice = self._choice_in(range(self.batch.start, self.batch.end))
+
+        def function(g: Graph, weights: Weights, carried: Tensor) -> list[Tensor]:
+            return [self._arch.foresee(g, layer, carried)]
+
+        self._compute_all(function, ("foresee", self._arch.layer_kind(layer)), {}, self._carried[:1], [choice.ids])
+        return self._last_use(choice)
+
+    def route(self, layer: int, w: Weights, span: range) -> Mapping[int, int]:
+        choice = self._choice_in(span)
+
+        def function(g: Graph, weights: Weights, x: Tensor, carried: Tensor | None = None) -> list[Tensor]:
+            routing = cast(moe.ExpertArchitecture, self._arch).router(g, layer, weights, x, carried)
+            return [routing.x, routing.weights, routing.ids]
+
+        self._compute_all(function, ("route", self._arch.layer_kind(layer)), w, [self._x, *self._carried[:1]],
+                          [choice.x, choice.weights, choice.ids])
+        return self._last_use(choice)
+
+    def _choice_in(self, span: range) -> Choice:
+        """The batch's choice, placed in memory for the tokens at the positions of `span`."""
+        hp, n_tokens, choice = self._arch.hp, self._x.ne[1], self._choice
+        if choice is None or choice.n_tokens != n_tokens:
+            if choice is not None:
+                choice.close()
+            choice = self._choice = Choice(hp, n_tokens)
+        buffer = self._graphs.experts_buffer(Choice.size_bytes(hp, len(span)))
+        choice.place(buffer, buffer.base + Choice.size_bytes(hp, self.batch.start - span.start))
+        return choice
+
+    def _last_use(self, choice: Choice) -> Mapping[int, int]:
+        return {0: self.batch.start} if self._graphs.only_measures else choice.last_use(self.batch.end)
+
+    def compute_experts(self, layer: int, w: Weights, slots: Mapping[int, int]) -> None:
+        choice, graphs = self._choice, self._graphs
+        assert choice is not None  # `route` came first
+
+        def function(g: Graph, weights: Weights, x: Tensor, token_rows: Tensor, ids: Tensor, output_rows: Tensor,
+                     pairs: Tensor) -> list[Tensor]:
+            rows, arch = g.get_rows(x, token_rows), cast(moe.ExpertArchitecture, self._arch)
+            outputs = arch.experts(g, layer, weights, rows, ids)
+            g.expand(g.set_rows(pairs, g.reshape(outputs, x.ne[0], token_rows.ne[0]), output_rows))
+            return []
+
+        def compute(inputs: PairInputs) -> None:
+            sources = [choice.x, inputs.token_rows, inputs.slots, inputs.output_rows, choice.pairs]
+            self._compute_all(function, ("experts", inputs.n_pairs), w, sources, [])
+
+        most_pairs = pairs_at_once(w["ffn_up_exps.weight"].ne[2], choice.n_tokens)
+        if graphs.only_measures:
+            compute(graphs.pair_inputs(min(most_pairs, choice.n_pairs)))
+            return
+        for pairs, slot_ids in choice.portions(slots, most_pairs):
+            inputs = graphs.pair_inputs(len(pairs))
+            inputs.write(pairs, slot_ids, self._arch.hp.n_experts_used)
+            compute(inputs)
+
+    def weigh(self, layer: int) -> Tensor:
+        choice, partial = self._choice, self._partial
+        assert choice is not None  # `route` came first
+        self._compute(lambda g, _, outputs, weights: moe.weigh(g, outputs, weights), ("weigh",), {},
+                      [choice.outputs, choice.weights], partial)
+        return partial
 
     def keep_outputs(self) -> None:
         rows = self._scratch.inputs.output_rows
@@ -326,10 +446,21 @@ class BlockState:
     def _scratch(self) -> _Scratch:
         return self._graphs.scratch(self.batch)
 
+    @property
+    def _partial(self) -> Tensor:
+        """Where this rank's part of the FFN's output goes."""
+        return self._scratch.partial if self._x is self._all else self._scratch.partial_outputs
+
     def _compute(self, function: Callable[..., Tensor], kind: tuple[object, ...], w: Weights, sources: list[Tensor],
                  into: Tensor) -> None:
-        shape = (sources[0].ne[0], sources[0].ne[1], into.ne[1])
+        self._compute_all(lambda *given: [function(*given)], kind, w, sources, [into])
+
+    def _compute_all(self, function: Callable[..., Sequence[Tensor]], kind: tuple[object, ...], w: Weights,
+                     sources: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        shape = (sources[0].ne[0], sources[0].ne[1], into[0].ne[1] if into else 0)
         self._graphs.compute(function, (*kind, *shape), w, sources, into, self.batch.phase)
 
     def close(self) -> None:
+        if self._choice is not None:
+            self._choice.close()
         self._memory.close()

@@ -6,20 +6,21 @@ sampling and no files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.architectures.base import Architecture, Block
+from edgert.architectures.base import Architecture, Block, Weights
 from edgert.engine.batch import split
 from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.collective import Collective, Solo
 from edgert.engine.fused import FusedGraphs, State
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.engine.trace import OFF, Trace
-from edgert.engine.weights import Leases, WeightSource
+from edgert.engine.weights import Experts, Leases, WeightSource
 from edgert.ggml.backend import Backend
+from edgert.ggml.graph import Tensor
 
 
 class Engine:
@@ -80,14 +81,19 @@ class Engine:
 def forward(states: Sequence[State], arch: Architecture, weights: Leases, collective: Collective) -> None:
     """Every block in order. Each state holds one batch: all of them pass a block while its weights are here."""
     phase = states[0].batch.phase if len(states) == 1 else "prefill"
-    reduce, n_layers = collective.all_reduce, arch.hp.n_layers
+    reduce, n_layers, experts = collective.all_reduce, arch.hp.n_layers, weights.experts
 
+    if experts is not None:
+        experts.release()  # what a step that was stopped has left
     for state in states:
         with weights.lease_embedding(state.batch.token_ids, phase) as (w, rows):
             state.embed(w, rows)
 
     for layer in range(n_layers):
         with weights.lease(Block("attention", layer), phase) as w:
+            if experts is not None and arch.hp.carried_size and (layer < n_layers - 1 or phase == "decode"):
+                for state in states:  # the router comes before attention, so experts are read while that computes
+                    experts.request(layer, state.foresee(layer, w))
             for state in states:
                 partial = state.attention(layer, w)
                 state.add_attention(layer, w, reduce(partial))
@@ -96,6 +102,9 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, collec
                 state.keep_outputs()
             states = [state for state in states if state.batch.n_outputs]
         with weights.lease(Block("ffn", layer), phase) as w:
+            if experts is not None:
+                stream_experts(states, layer, w, experts, reduce)
+                continue
             for state in states:
                 partial = state.ffn(layer, w)
                 state.add_ffn(layer, w, reduce(partial))
@@ -104,3 +113,23 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, collec
         with weights.lease(Block("output", part), phase) as w:
             for state in states:
                 state.output(w, part)
+
+
+def stream_experts(states: Sequence[State], layer: int, w: Weights, experts: Experts,
+                   reduce: Callable[[Tensor], Tensor]) -> None:
+    """One layer's FFN, each expert computed when it is here, for all tokens of a batch at once.
+
+    Batch by batch, so that one batch's outputs are kept at a time; where not all experts of a layer have room, all
+    batches together, so that each expert is still read once.
+    """
+    for group in [[state] for state in states] if experts.holds_a_layer else [states]:
+        span, wanted = range(group[0].batch.start, group[-1].batch.end), dict[int, int]()
+        for state in group:
+            wanted |= state.route(layer, w, span)
+        for slots in experts.waves(layer, wanted):
+            for state in group:
+                state.compute_experts(layer, experts.weights(layer), slots)
+        for state in group:
+            partial = state.weigh(layer)
+            state.add_ffn(layer, w, reduce(partial))
+    experts.release()

@@ -7,7 +7,7 @@ computed as often as the shape comes back. edgert/engine/blockwise.py serves the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,6 +51,24 @@ class State(Protocol):
     def keep_outputs(self) -> None: ...
 
     def output(self, w: Weights, part: int) -> None: ...
+
+    # Where experts come one by one:
+    def foresee(self, layer: int, w: Weights) -> Mapping[int, int]:
+        """The experts that `route` will choose, known before attention. As `route`."""
+        raise AssertionError("a graph of the whole model cannot wait for experts")
+
+    def route(self, layer: int, w: Weights, span: range) -> Mapping[int, int]:
+        """The chosen experts, each with the position of the last token that uses it. Batches of the positions in
+        `span` keep their experts' outputs at the same time."""
+        raise AssertionError("a graph of the whole model cannot wait for experts")
+
+    def compute_experts(self, layer: int, w: Weights, slots: Mapping[int, int]) -> None:
+        """The outputs of these experts for the tokens that chose them."""
+        raise AssertionError("a graph of the whole model cannot wait for experts")
+
+    def weigh(self, layer: int) -> Tensor:
+        """This rank's part of the FFN block's output: the experts' outputs by weight, in the router's order."""
+        raise AssertionError("a graph of the whole model cannot wait for experts")
 
 
 @dataclass(slots=True)
@@ -107,7 +125,7 @@ class Inputs:
         return StepInputs(positions, self.kv.with_inputs(inputs, k, v))
 
 
-class FusedState:
+class FusedState(State):
     """Adds every block to one graph."""
 
     def __init__(self, arch: Architecture, kv: DenseKVCache, batch: Batch) -> None:

@@ -51,6 +51,7 @@ class ResidentWeights:
 
     resident = True
     n_output_parts = 1
+    experts = None
 
     def __init__(self, backend: Backend, model: ModelFile, arch: Architecture, layouts: Layouts) -> None:
         self._backend = backend

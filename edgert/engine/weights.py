@@ -5,11 +5,14 @@ the tensors name; after it they may be overwritten. Leases do not nest. `hint(bl
 soon, in order; the source may start reading them and may ignore it. A failing read raises a typed error from
 `lease`, never from later. `phase` chooses between layouts where a source holds two; it never changes what is computed
 beyond what DESIGN.md calls equal.
+
+A source may keep experts on disk. Its `experts` then gives them one by one, and the lease of an FFN block gives the
+rest of it (norm and router): the router's choice must be known before the experts are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -20,11 +23,43 @@ from edgert.architectures.base import Block, Weights
 from edgert.engine.batch import Phase
 
 
+class Experts(Protocol):
+    """Experts in numbered slots, which all layers share. One layer at a time, from `request` to `release`."""
+
+    @property
+    def holds_a_layer(self) -> bool:
+        """Whether all experts of a layer have room at once."""
+        ...
+
+    def request(self, layer: int, last_use: Mapping[int, int]) -> None:
+        """These experts will be wanted: start reading those that are not here, as many as have room. Each comes with
+        the position of the last token that uses it."""
+        ...
+
+    def waves(self, layer: int, last_use: Mapping[int, int]) -> Iterator[Mapping[int, int]]:
+        """Each of these experts once, with its slot, as they come; those of one wave stay until the next is asked for.
+        Raises what a failed read raises, and Cancelled."""
+        ...
+
+    def weights(self, layer: int) -> Weights:
+        """Gate, up and down matrices (n_in, n_out, n_slots) of the layer's types."""
+        ...
+
+    def release(self) -> None:
+        """The layer is done: its experts may make room for others."""
+        ...
+
+
 class Leases(Protocol):
     """What one pass through the model asks of a source."""
 
     n_output_parts: int
     """The output head comes as this many blocks ("output", part), each some rows of it in order."""
+
+    @property
+    def experts(self) -> Experts | None:
+        """Where experts come one by one; None where an FFN block's lease has them all."""
+        ...
 
     def lease_embedding(self, token_ids: NDArray[np.int32],
                         phase: Phase) -> AbstractContextManager[tuple[Weights, NDArray[np.int32]]]:

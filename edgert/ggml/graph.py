@@ -37,11 +37,20 @@ _GATED = {"silu": "ggml_swiglu_split", "gelu": "ggml_geglu_split", "relu": "ggml
 class Tensor:
     """A handle on a `struct ggml_tensor`. Valid as long as the context that made it."""
 
-    __slots__ = ("address", "struct")
+    __slots__ = ("_form", "address", "struct")
 
     def __init__(self, address: int) -> None:
         self.address = address
         self.struct = TensorStruct.from_address(address)
+        self._form: tuple[int, bool, int] | None = None
+
+    @property
+    def form(self) -> tuple[int, bool, int]:
+        """Type, whether it is repacked, and ne[1]: what graphs over tensors of one role differ by. Of a tensor that
+        was placed: asked once, for reading a C structure costs 0.2 us, and a layer asks ten tensors."""
+        if self._form is None:
+            self._form = self.type, bool(self.struct.extra), int(self.struct.ne[1])
+        return self._form
 
     @property
     def ne(self) -> tuple[int, int, int, int]:
@@ -280,7 +289,8 @@ class Graph(Context):
 
     def copy(self, source: Tensor, target: Tensor) -> Tensor:
         """Write `source` into the memory of `target`, which has the same shape."""
-        check(source.ne == target.ne and is_float(source) and is_float(target), "copy", source, target)
+        as_it_is = source.type == target.type == TYPE_I32 and has_whole_rows(source) and has_whole_rows(target)
+        check(source.ne == target.ne and (as_it_is or (is_float(source) and is_float(target))), "copy", source, target)
         return self._op("ggml_cpy", source, target)
 
     def permute(self, a: Tensor, *axes: int) -> Tensor:

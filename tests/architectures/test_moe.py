@@ -99,7 +99,7 @@ def test_router_and_experts_one_after_the_other_are_the_ffn(tiny_model: Callable
         chosen = routing[2].view(np.int32)
         assert ((chosen >= 0) & (chosen < 8)).all()
         halves, = computed(backend, [*routing[:2], chosen], lambda g, x, weights, ids: [
-            arch.experts(g, 1, w, moe.Routing(x, weights, ids))])
+            moe.weigh(g, arch.experts(g, 1, w, x, ids), weights)])
     np.testing.assert_array_equal(whole, halves)
     source.close()
     backend.close()

@@ -21,6 +21,7 @@ from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
 from offload.arena import Arena
 from offload.embedding import EmbeddingRows
+from offload.experts import PoolShape, split_experts
 from offload.residency import Residency, block_bytes, cut
 from offload.window import WindowWeights
 
@@ -45,10 +46,21 @@ def _window(backend: Backend, model: ModelFile, arch: Architecture) -> WeightSou
     return WindowWeights(backend, model, arch, residency, arena, n_threads=2, batch_size=_BATCH_SIZE)
 
 
+def _experts(backend: Backend, model: ModelFile, arch: Architecture) -> WeightSource:
+    """Everything but experts is pinned; experts come one by one, into slots for half of them. (Dense: all pinned.)"""
+    static, experts = split_experts(cut(model, arch))
+    residency = Residency(tuple(static), (), 0)
+    pool = (PoolShape.of(experts), arch.hp.n_layers * arch.hp.n_experts // 2) if experts else None
+    arena = Arena(residency.pinned_bytes + EmbeddingRows.arena_bytes(model, _BATCH_SIZE)
+                  + (pool[1] * pool[0].slot_bytes if pool else 0))
+    return WindowWeights(backend, model, arch, residency, arena, n_threads=2, batch_size=_BATCH_SIZE, pool=pool)
+
+
 WEIGHT_SOURCES: dict[str, Callable[[Backend, ModelFile, Architecture], WeightSource]] = {
     "resident, plain": _resident("plain"),
     "resident, repacked": _resident("repack"),
     "window": _window,
+    "experts": _experts,
 }
 KV_CACHES: dict[str, Callable[[Backend, Hyperparameters, int], DenseKVCache]] = {
     "dense f16": lambda backend, hp, context_length: DenseKVCache(backend, hp, context_length, "f16"),
@@ -63,6 +75,7 @@ ENGINES: dict[str, tuple[str, bool | None]] = {
     "fused": ("resident, plain", True),
     "block by block": ("resident, plain", False),
     "window": ("window", None),
+    "experts": ("experts", None),
 }
 
 

@@ -14,11 +14,11 @@ import pytest
 from seams import WEIGHT_SOURCES
 from settling import check_settles, descriptors_and_threads
 
-from edgert.architectures.base import EMBEDDING, Architecture, Block
+from edgert.architectures.base import EMBEDDING, Architecture, Block, TensorSpec
 from edgert.architectures.registry import open_architecture
 from edgert.engine.batch import Phase
 from edgert.engine.layouts import repack_buffer_type
-from edgert.engine.weights import WeightSource
+from edgert.engine.weights import Experts, WeightSource
 from edgert.errors import ModelFileError
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Tensor
@@ -64,6 +64,10 @@ def check_block(source: WeightSource, model: ModelFile, arch: Architecture, bloc
     specs = [s for s in arch.specs(Block(block.kind, 0 if block.kind == "output" else block.layer))
              if s.name in model.tensors]
     with source.lease(block, phase) as weights:
+        if source.experts is not None:
+            if block.kind == "ffn":
+                check_experts(source.experts, model, block.layer, [s for s in specs if len(s.shape) == 3])
+            specs = [s for s in specs if len(s.shape) != 3]
         assert set(weights) == {spec.key for spec in specs}
         for spec in specs:
             tensor = weights[spec.key]
@@ -75,8 +79,28 @@ def check_block(source: WeightSource, model: ModelFile, arch: Architecture, bloc
     return n_repacked
 
 
+def check_experts(experts: Experts, model: ModelFile, layer: int, specs: list[TensorSpec]) -> None:
+    """Every expert comes once, and lies in its slot as in the file."""
+    weights, n_experts = experts.weights(layer), specs[0].shape[2]
+    assert set(weights) == {spec.key for spec in specs}
+    wanted, seen = dict.fromkeys(range(n_experts), layer), list[int]()
+    experts.request(layer, {0: layer})
+    for slots in experts.waves(layer, wanted):
+        assert len(set(slots.values())) == len(slots) > 0
+        seen += slots
+        for spec in specs:
+            whole, tensor = in_file(model, spec.name), weights[spec.key]
+            n_bytes = len(whole) // n_experts
+            assert tensor.type == model.tensors[spec.name].type.id
+            for expert, slot in slots.items():
+                in_slot = ctypes.string_at(tensor.data + slot * tensor.nb[2], n_bytes)
+                assert in_slot == whole[expert * n_bytes:(expert + 1) * n_bytes], (spec.name, expert)
+    assert sorted(seen) == list(range(n_experts))
+    experts.release()
+
+
 @EVERY_SOURCE
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3moe", "smallthinker"])
 def test_a_leased_block_has_the_files_bytes(kind: str, architecture: str, tiny_model: Callable[..., Path]) -> None:
     with opened(kind, tiny_model(architecture, quantisation="MIXED", n_layers=3)) as (source, model, arch):
         for phase in (*PHASES, *PHASES):  # round and round, as decoding goes
@@ -124,8 +148,9 @@ def test_the_embedding_table_has_each_tokens_row(kind: str, tiny_model: Callable
 
 
 @EVERY_SOURCE
-def test_a_split_file_is_read_from_all_its_parts(kind: str, tiny_model: Callable[..., Path]) -> None:
-    with opened(kind, tiny_model("llama", split_parts=3)) as (source, model, arch):
+@pytest.mark.parametrize("n_experts", [0, 8])
+def test_a_split_file_is_read_from_all_its_parts(kind: str, n_experts: int, tiny_model: Callable[..., Path]) -> None:
+    with opened(kind, tiny_model("llama", split_parts=3, n_experts=n_experts)) as (source, model, arch):
         assert len(model.parts) == 3
         for block in blocks(source, arch):
             check_block(source, model, arch, block, "decode")
@@ -158,7 +183,9 @@ def test_hints_change_nothing_but_time(kind: str, tiny_model: Callable[..., Path
 
 @EVERY_SOURCE
 def test_the_account_is_true(kind: str, tiny_model: Callable[..., Path]) -> None:
-    with opened(kind, tiny_model("llama", quantisation="Q4_0")) as (source, model, arch):
+    has_experts = kind == "experts"
+    path = tiny_model("qwen3moe" if has_experts else "llama", quantisation="Q4_0")
+    with opened(kind, path) as (source, model, arch):
         json.dumps(source.plan())
         assert source.pinned_bytes > 0
         before = source.streamed_bytes
@@ -170,8 +197,9 @@ def test_the_account_is_true(kind: str, tiny_model: Callable[..., Path]) -> None
             assert source.streamed_bytes == 0
         else:
             assert source.pinned_bytes < model.file_bytes
-            assert source.streamed_bytes - before >= 2 * sum(
-                one.n_bytes for one in model.tensors.values() if len(one.shape) > 1 and one.name != "token_embd.weight")
+            streams = [one.n_bytes for one in model.tensors.values()
+                       if len(one.shape) > (2 if has_experts else 1) and one.name != "token_embd.weight"]
+            assert source.streamed_bytes - before >= (1 if has_experts else 2) * sum(streams)
 
 
 def test_the_repacked_source_repacks(tiny_model: Callable[..., Path]) -> None:

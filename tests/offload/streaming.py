@@ -24,6 +24,7 @@ from edgert.gguf.model_file import ModelFile
 from offload import residency
 from offload.arena import Arena
 from offload.embedding import EmbeddingRows
+from offload.experts import ExpertPool, PoolShape, split_experts
 from offload.residency import Piece, choose, cut
 from offload.window import WindowWeights
 
@@ -44,16 +45,21 @@ def available_bytes(pieces: list[Piece], share: float) -> int:
 
 @contextmanager
 def open_streaming(path: Path, share: float = 0.0, *, context_length: int = 1024, batch_size: int = 512,
-                   n_threads: int = 1, n_readers: int = 4, trace: Trace = OFF) -> Iterator[Engine]:
-    """An engine whose weights stream, with `share` of the memory between the least and all of it."""
+                   n_threads: int = 1, n_readers: int = 4, trace: Trace = OFF,
+                   n_slots: int | None = None) -> Iterator[Engine]:
+    """An engine whose weights stream, with `share` of the memory between the least and all of it; with `n_slots`,
+    experts come one by one, and `share` is of everything else."""
     file = ModelFile.open(path)
     arch = open_architecture(file)
     backend = Backend(n_threads)
     kv = DenseKVCache(backend, arch.hp, context_length)
-    pieces = cut(file, arch)
+    pieces, experts = (cut(file, arch), []) if n_slots is None else split_experts(cut(file, arch))
+    pool = (PoolShape.of(experts), n_slots) if n_slots is not None else None
     chosen = choose(pieces, available_bytes(pieces, share), 0, 0)
-    arena = Arena(chosen.pinned_bytes + chosen.window_bytes + EmbeddingRows.arena_bytes(file, batch_size))
-    weights = WindowWeights(backend, file, arch, chosen, arena, n_threads=n_readers, batch_size=batch_size, trace=trace)
+    arena = Arena(chosen.pinned_bytes + chosen.window_bytes + EmbeddingRows.arena_bytes(file, batch_size)
+                  + (pool[1] * pool[0].slot_bytes if pool else 0))
+    weights = WindowWeights(backend, file, arch, chosen, arena, n_threads=n_readers, batch_size=batch_size, trace=trace,
+                            pool=pool)
     engine = Engine(arch, weights, kv, backend, batch_size=batch_size, trace=trace)
     try:
         yield engine
@@ -65,6 +71,13 @@ def window_of(engine: Engine) -> WindowWeights:
     """The engine's weights, which stream."""
     assert isinstance(engine.weights, WindowWeights)
     return engine.weights
+
+
+def pool_of(engine: Engine) -> ExpertPool:
+    """The engine's experts, which stream."""
+    pool = window_of(engine).experts
+    assert pool is not None
+    return pool
 
 
 def logits_of(engine: Engine, steps: list[list[int]]) -> list[NDArray[np.float32]]:

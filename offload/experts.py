@@ -1,0 +1,274 @@
+"""Experts from disk: one pool of slots for all layers, each holding one expert's gate, up and down matrices.
+
+ggml multiplies by a slot's number as it does by an expert's, bit for bit: a tensor's last dimension steps from slot to
+slot, and its base says where in a slot the matrix begins. What is here computes while what is missing is read. Which
+expert gives way, offload/eviction.py decides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from edgert.architectures.base import Hyperparameters, Weights
+from edgert.engine.trace import OFF, Trace
+from edgert.ggml.backend import Buffer
+from edgert.ggml.graph import Context, Tensor
+from offload.arena import Arena
+from offload.direct_file import ALIGN_BYTES, DirectFile
+from offload.eviction import ExpertSlots, Key
+from offload.readers import Read, Readers, aligned_range
+from offload.residency import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMatrix:
+    """One layer's gate, up or down matrices of all experts, as they lie in the file and in a slot."""
+
+    piece: Piece
+    slot_offset: int  # where a slot has room for it
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.piece.n_bytes // self.piece.shape[2]
+
+    @property
+    def shift(self) -> int:
+        """Where an expert begins in its room. As in the file, where all lie alike there; else they are moved."""
+        return 0 if self.expert_bytes % ALIGN_BYTES else self.piece.offset % ALIGN_BYTES
+
+    def offset(self, expert: int) -> int:
+        return self.piece.offset + expert * self.expert_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PoolShape:
+    """Every layer's matrices, and how large a slot is: each matrix has room for the largest of its name."""
+
+    layers: Mapping[int, tuple[ExpertMatrix, ...]]
+    slot_bytes: int
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> PoolShape:
+        rooms: dict[str, int] = {}
+        for piece in pieces:
+            n_bytes = piece.n_bytes // piece.shape[2]
+            offsets = range(piece.offset, piece.offset + piece.n_bytes, n_bytes)
+            # Experts of a multiple of ALIGN_BYTES all lie alike; others need the room of the worst one.
+            worst = max(aligned_range(offset, n_bytes)[1] for offset in offsets)
+            rooms[piece.spec.key] = max(rooms.get(piece.spec.key, 0), worst)
+        starts, slot_bytes = {}, 0
+        for key, room in sorted(rooms.items()):
+            starts[key], slot_bytes = slot_bytes, slot_bytes + room
+        layers: dict[int, tuple[ExpertMatrix, ...]] = {}
+        for piece in sorted(pieces, key=lambda p: p.spec.key):
+            matrix = ExpertMatrix(piece, starts[piece.spec.key])
+            layers[piece.block.layer] = (*layers.get(piece.block.layer, ()), matrix)
+        return cls(layers, slot_bytes)
+
+
+def is_expert(piece: Piece) -> bool:
+    """Whether the piece holds all experts' matrices of a layer."""
+    return piece.block.kind == "ffn" and len(piece.shape) == 3
+
+
+def split_experts(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
+    """Everything but experts, and the experts."""
+    return [p for p in pieces if not is_expert(p)], [p for p in pieces if is_expert(p)]
+
+
+def least_slots(hp: Hyperparameters) -> int:
+    """The fewest slots with which reading and computing overlap: a token's experts of one layer, and a few."""
+    return min(hp.n_layers * hp.n_experts, hp.n_experts_used + max(1, hp.n_experts_used // 4))
+
+
+@dataclass(slots=True)
+class Counters:
+    """Uses of an expert that found it here, uses that had it read, and what waiting for those reads cost."""
+
+    hits: int = 0
+    misses: int = 0
+    waited_s: float = 0.0
+
+
+class ExpertPool:
+    """`Experts` (edgert/engine/weights.py) in `n_slots` slots of the arena. Reads with threads of its own."""
+
+    def __init__(self, shape: PoolShape, hp: Hyperparameters, n_slots: int, arena: Arena, buffer: Buffer,
+                 files: Sequence[DirectFile], is_cancelled: Callable[[], bool], *, n_threads: int = 4,
+                 trace: Trace = OFF) -> None:
+        self.shape, self.n_slots, self.holds_a_layer = shape, n_slots, n_slots >= hp.n_experts
+        self._files, self._is_cancelled, self._trace = files, is_cancelled, trace
+        self._base = arena.carve(n_slots * shape.slot_bytes)
+        self._slots = ExpertSlots(n_slots, hp.n_layers)
+        self._clock, self._offset = _Clock(), 0
+        self._reads: dict[Key, list[Read]] = {}  # of experts that may not be here yet
+        self._unsettled: dict[int, list[Read]] = {}  # by slot: reads that nobody wants, and that may still write there
+        self._layer = -1
+        self._held: dict[int, int] = {}  # the layer's experts that have a slot, with their slots
+        self._missing: dict[int, None] = {}  # those that wait for a slot
+        self._last_use: dict[int, int] = {}  # all of them, with the time of their last use
+        self.counters = Counters()
+        self._context = Context(3 * len(shape.layers))
+        self._weights = {layer: {m.piece.spec.key: self._tensor(m, buffer) for m in matrices}
+                         for layer, matrices in shape.layers.items()}
+        self._readers = Readers(n_threads)
+
+    def _tensor(self, matrix: ExpertMatrix, buffer: Buffer) -> Tensor:
+        """This layer's matrices, slot by slot. What lies in a slot of another layer's is never asked for."""
+        n_in, n_out, _ = matrix.piece.shape
+        tensor = self._context.tensor(matrix.piece.type_id, (n_in, n_out, self.n_slots), matrix.piece.spec.name)
+        tensor.struct.nb[2], tensor.struct.nb[3] = self.shape.slot_bytes, self.shape.slot_bytes * self.n_slots
+        buffer.place(tensor, self._base + matrix.slot_offset + matrix.shift)
+        return tensor
+
+    @property
+    def bytes_read(self) -> int:
+        return self._readers.bytes_read
+
+    def plan(self) -> dict[str, float]:
+        return {"expert_slots": self.n_slots, "expert_slot_bytes": self.shape.slot_bytes,
+                **{f"expert_{name}": value for name, value in asdict(self.counters).items()},
+                "expert_read_bytes": self.bytes_read}
+
+    def weights(self, layer: int) -> Weights:
+        return self._weights[layer]
+
+    def request(self, layer: int, last_use: Mapping[int, int]) -> None:
+        if layer != self._layer:
+            assert self._layer == -1, "the layer before was not released"
+            self._offset = self._clock.visit(layer, last_use.values())
+            self._layer = layer
+        self._clock.newest = max(self._clock.newest, max(last_use.values()) + self._offset)
+        new = [expert for expert in last_use if expert not in self._last_use]
+        self._last_use |= {expert: position + self._offset for expert, position in last_use.items()}
+        unheld = [expert for expert in last_use if expert not in self._held and expert not in self._missing]
+        absent = dict.fromkeys(expert for expert in unheld if not self._hold(expert))
+        self.counters.misses += len(absent)
+        self.counters.hits += sum(expert not in absent for expert in new)
+        if absent:
+            self._missing |= absent
+            self._claim()
+
+    def waves(self, layer: int, last_use: Mapping[int, int]) -> Iterator[Mapping[int, int]]:
+        self.request(layer, last_use)
+        waiting = dict.fromkeys(last_use)
+        while waiting:
+            if self._missing:
+                self._make_room(waiting)
+            here = {expert: slot for expert, slot in self._held.items() if expert in waiting and self._is_here(expert)}
+            if here:
+                yield here
+            else:
+                self._wait(next(expert for expert in waiting if expert in self._held))
+            for expert in here:
+                del waiting[expert]
+
+    def release(self) -> None:
+        for expert in self._held:
+            self._slots.release((self._layer, expert), self._last_use[expert])
+        self._held.clear()
+        self._missing.clear()
+        self._last_use.clear()
+        self._layer = -1
+
+    def _hold(self, expert: int) -> bool:
+        """Keep an expert that has a slot, though it may still be on its way. A read that failed counts as none."""
+        key = self._layer, expert
+        slot = self._slots.hold(key)
+        if slot is None:
+            return False
+        if key in self._reads and any(read.is_useless for read in self._reads[key]):
+            self._slots.forget(key)
+            self._abandon(key, slot)
+            return False
+        self._held[expert] = slot
+        return True
+
+    def _claim(self) -> None:
+        """Slots for the missing, and reads into them, as long as others can give way."""
+        step = self._clock.newest
+        for expert in [*self._missing]:
+            key = self._layer, expert
+            claimed = self._slots.claim(key, step)
+            if claimed is None:
+                return
+            slot, victim = claimed
+            if victim is not None and victim in self._reads:
+                self._abandon(victim, slot)
+            try:
+                for read in self._unsettled.get(slot, ()):
+                    read.settle(self._is_cancelled)
+            except BaseException:
+                self._slots.forget(key)
+                raise
+            self._unsettled.pop(slot, None)
+            self._held[expert] = slot
+            del self._missing[expert]
+            self._reads[key] = [self._start(matrix, expert, slot) for matrix in self.shape.layers[self._layer]]
+
+    def _abandon(self, key: Key, slot: int) -> None:
+        reads = self._reads.pop(key)
+        for read in reads:
+            read.abandoned = True
+        self._unsettled[slot] = [*self._unsettled.get(slot, ()), *reads]
+
+    def _start(self, matrix: ExpertMatrix, expert: int, slot: int) -> Read:
+        offset, n_bytes = aligned_range(matrix.offset(expert), matrix.expert_bytes)
+        read = Read(self._files[matrix.piece.part], offset, n_bytes,
+                    self._base + slot * self.shape.slot_bytes + matrix.slot_offset,
+                    matrix.offset(expert) - offset - matrix.shift)
+        self._readers.submit(read)
+        return read
+
+    def _make_room(self, waiting: Mapping[int, None]) -> None:
+        """Some experts found no slot: those that have been computed give theirs."""
+        for expert in [expert for expert in self._held if expert not in waiting]:
+            self._slots.release((self._layer, expert), self._last_use[expert])
+            del self._held[expert]
+        self._claim()
+
+    def _is_here(self, expert: int) -> bool:
+        if not self._reads:
+            return True
+        key = self._layer, expert
+        reads = self._reads.get(key)
+        if reads is None:
+            return True
+        if not all(read.done.is_set() and not read.is_useless for read in reads):
+            return False
+        del self._reads[key]
+        return True
+
+    def _wait(self, expert: int) -> None:
+        """Until the expert is here; what failed is raised."""
+        start = time.perf_counter()
+        try:
+            with self._trace.span(f"wait expert {self._layer}.{expert}", "wait"):
+                for read in self._reads[self._layer, expert]:
+                    read.wait(self._is_cancelled)
+        finally:
+            self.counters.waited_s += time.perf_counter() - start
+
+    def close(self, memory: object) -> bool:
+        """End the readers, as `Readers.close`."""
+        if not self._readers.close(memory):
+            return False
+        self._context.close()
+        return True
+
+
+class _Clock:
+    """Positions of tokens, made to go on where a sequence begins anew or goes back."""
+
+    def __init__(self) -> None:
+        self._layer, self._offset, self.newest = -1, 0, -1
+
+    def visit(self, layer: int, positions: Iterable[int]) -> int:
+        """A layer is visited; a pass over the model has begun when it is not behind the last. What to add to the
+        positions."""
+        if layer <= self._layer:
+            self._offset = max(self._offset, self.newest + 1 - min(positions))
+        self._layer = layer
+        return self._offset
