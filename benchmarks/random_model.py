@@ -184,7 +184,7 @@ class Weights:
         block_size = self._block_type.block_size
         # Embeddings have numbers of size 1; their first block is larger, and has its share of the whole.
         gain = (skew.block_energy / (1 - skew.block_energy) * (self._shape.hidden - block_size) / block_size) ** 0.5
-        seen = block_size * gain * (1 - skew.block_energy) ** 0.5  # of a block of size 1, by what reads the normed state
+        seen = block_size * gain * (1 - skew.block_energy) ** 0.5  # by a row that begins with a block of size 1
         match part:
             case "token_embd":
                 return 1.0, gain

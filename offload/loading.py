@@ -21,6 +21,7 @@ from edgert.engine.engine import forward
 from edgert.engine.expert_graphs import Choice
 from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache
 from edgert.engine.trace import OFF, Trace
+from edgert.errors import BudgetTooSmall
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
 from edgert.gguf.model_file import ModelFile
@@ -114,14 +115,10 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, kv: Dens
                 budget_bytes: int, *, batch_size: int, probe: MemoryProbe, trace: Trace = OFF) -> WindowWeights:
     """Weights within `budget_bytes` for the whole process. Raises BudgetTooSmall before any weight is read."""
     pieces = cut(model, arch)
-<<<<<<< ours
-    compute_bytes = _reserve(backend, pieces, model, arch, kv, graphs, batch_size, budget_bytes)
-=======
     static, experts = split_experts(pieces)
     shape = PoolShape.of(experts) if experts else None
     most_slots = min(arch.hp.n_layers * arch.hp.n_experts, budget_bytes // shape.slot_bytes + 1) if shape else 1
-    compute_bytes = _measure(backend, pieces, model, arch, kv, graphs, batch_size, most_slots)
->>>>>>> theirs
+    compute_bytes = _reserve(backend, pieces, model, arch, kv, graphs, batch_size, budget_bytes, most_slots)
     for path, data_start in zip(model.parts, model.data_starts, strict=True):
         forget_cached(path, data_start + _READAHEAD_BYTES)
     fixed_bytes = (_process_bytes(probe, budget_bytes) + _growth_bytes(arch, kv.context_length)
@@ -139,27 +136,29 @@ def _share_out(static: Sequence[Piece], shape: PoolShape | None, arch: Architect
     """Experts get what is left when everything else is pinned, or as little as works while something else streams."""
     if shape is None:
         return choose(static, budget_bytes - fixed_bytes, budget_bytes, fixed_bytes), None
-    least_bytes = least_slots(arch.hp) * shape.slot_bytes
-    taken_bytes = fixed_bytes + least_bytes
-    residency = choose(static, budget_bytes - taken_bytes, budget_bytes, taken_bytes)
-    left_bytes = budget_bytes - fixed_bytes - residency.pinned_bytes - residency.window_bytes
-    n_slots = min(left_bytes // shape.slot_bytes, arch.hp.n_layers * arch.hp.n_experts)
-    outputs_bytes = Choice.size_bytes(arch.hp, later_tokens)
-    if n_slots < arch.hp.n_experts and outputs_bytes:  # all batches of a prompt keep their experts' outputs at once
-        return _share_out(static, shape, arch, budget_bytes, fixed_bytes + outputs_bytes, 0)
-    return residency, (shape, n_slots)
+    fitting, refusals = [], list[BudgetTooSmall]()
+    # A pool for less than a layer has all batches of a prompt keep their experts' outputs at the same time.
+    for least, kept_bytes in ((arch.hp.n_experts, 0), (least_slots(arch.hp), Choice.size_bytes(arch.hp, later_tokens))):
+        taken_bytes = fixed_bytes + kept_bytes + least * shape.slot_bytes
+        try:
+            residency = choose(static, budget_bytes - taken_bytes, budget_bytes, taken_bytes)
+        except BudgetTooSmall as refusal:
+            refusals.append(refusal)
+            continue
+        left_bytes = budget_bytes - taken_bytes - residency.pinned_bytes - residency.window_bytes
+        n_slots = min(least + left_bytes // shape.slot_bytes, arch.hp.n_layers * arch.hp.n_experts)
+        fitting.append((residency, (shape, n_slots)))
+        if not residency.streamed:
+            break
+    if not fitting:
+        raise min(refusals, key=lambda refusal: refusal.smallest_bytes)
+    return fitting[-1]
 
 
-<<<<<<< ours
 def _reserve(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
-             graphs: BlockwiseGraphs, batch_size: int, budget_bytes: int) -> int:
+             graphs: BlockwiseGraphs, batch_size: int, budget_bytes: int, n_slots: int) -> int:
     """Choose how many tokens are computed at once, and allocate what the largest shapes need. Bytes."""
-    headers = Headers(backend, pieces, model, batch_size)
-=======
-def _measure(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
-             graphs: BlockwiseGraphs, batch_size: int, n_slots: int) -> int:
     headers = Headers(backend, pieces, model, batch_size, n_slots)
->>>>>>> theirs
     n_tokens = min(batch_size, kv.context_length)
     compute_bytes = 0
     try:
@@ -180,14 +179,9 @@ def _growth_bytes(arch: Architecture, context_length: int) -> int:
     """What comes beside the compute buffers once a prompt fills the context: the hidden states of all its batches,
     and graphs for prefill and for decode (one every CELLS_PER_BUCKET tokens in each), two kinds of layers."""
     hidden_bytes = context_length * (arch.hp.hidden_size + arch.hp.carried_size) * 4
-<<<<<<< ours
     n_shapes = 2 * context_length // CELLS_PER_BUCKET
-    return _GROWTH_BYTES + hidden_bytes + min(MAX_GRAPHS, 32 + 2 * n_shapes) * _GRAPH_BYTES
-=======
-    n_shapes = context_length // batch_size + context_length // CELLS_PER_BUCKET
     n_graphs = MAX_GRAPHS if arch.hp.n_experts else min(MAX_GRAPHS, 32 + 2 * n_shapes)  # experts: every size of a wave
     return _GROWTH_BYTES + hidden_bytes + n_graphs * _GRAPH_BYTES
->>>>>>> theirs
 
 
 def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:

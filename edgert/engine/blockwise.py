@@ -17,12 +17,8 @@ from numpy.typing import NDArray
 
 from edgert.architectures import moe
 from edgert.architectures.base import Architecture, Weights
-<<<<<<< ours
 from edgert.engine.batch import Batch, Phase, in_parts
-=======
-from edgert.engine.batch import Batch, Phase
 from edgert.engine.expert_graphs import Choice, PairInputs, pairs_at_once
->>>>>>> theirs
 from edgert.engine.fused import Inputs, State, n_nodes
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.errors import OutOfMemory
@@ -35,13 +31,10 @@ _ALIGN = 64
 # for every kind of layer (60 KiB each).
 MAX_GRAPHS, _MAX_SHAPES = 128, 64
 _MAX_OUTPUT_PARTS = 1024
-<<<<<<< ours
 # How many tokens of a batch are computed at once, the default first. Beside 512, prefill takes 2 % longer in parts of
 # 256 and 9 % longer in parts of 128 (Qwen2.5-1.5B, Q4_K), in compute buffers of a half and a quarter.
 PART_TOKENS = (256, 128)
-=======
 _MAX_PAIR_SHAPES = 256  # each some 3 KiB; a prompt's waves have hardly two of one size
->>>>>>> theirs
 
 
 class _Memory:
@@ -275,19 +268,12 @@ class BlockwiseGraphs:
         self._forget_all()
         for allocator in self._allocators.values():
             allocator.close()
-<<<<<<< ours
-        if self._buffer is not None:
-            self._buffer.close()
-            self._buffer = None
-        self._work_bytes = 0
-=======
         for buffer in (self._buffer, self._experts_buffer, self._pairs_buffer):
             if buffer is not None:
                 buffer.close()
         self._buffer = self._experts_buffer = self._pairs_buffer = None
         self._work_bytes = 0
         self._pair_context.close()
->>>>>>> theirs
 
 
 class BlockState:

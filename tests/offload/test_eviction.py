@@ -140,11 +140,11 @@ def brute_force_best(uses: list[tuple[Key, bool]], n_slots: int) -> int:
     for key, counts in uses:
         following: dict[frozenset[Key], int] = {}
         for cache, hits in best.items():
-            hits += counts and key in cache
+            n_hits = hits + (counts and key in cache)
             choices = [cache] if key in cache else [cache | {key}] if len(cache) < n_slots else \
                 [cache - {victim} | {key} for victim in cache]
             for choice in choices:
-                following[choice] = max(following.get(choice, 0), hits)
+                following[choice] = max(following.get(choice, 0), n_hits)
         best = following
     return max(best.values())
 
