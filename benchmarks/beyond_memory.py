@@ -1,13 +1,16 @@
 """Models larger than memory: edgert beside llama.cpp, each in a control group of the budget's size. Needs root.
 
-    python benchmarks/offload.py decode MODEL.gguf --ratios 1.5,2,2.8     speed, bytes and disk use of one token
-    python benchmarks/offload.py prefill MODEL.gguf --ratios 2,4 --prompts 64,512,2048
-    python benchmarks/offload.py budgets MODEL.gguf --steps 8             from the smallest budget that works up
+    python benchmarks/beyond_memory.py decode MODEL.gguf --ratios 1.5,2,2.8     speed, bytes and disk use of one token
+    python benchmarks/beyond_memory.py prefill MODEL.gguf --ratios 2,4 --prompts 64,512,2048
+    python benchmarks/beyond_memory.py budgets MODEL.gguf --steps 8             from the smallest budget that works up
+    python benchmarks/beyond_memory.py decode MOE.gguf --residency 61,25   budgets for so many percent of its experts
 
 For each ratio of model to budget, in turn and from a cold page cache, with the disk's raw bandwidth of the same
 minutes. The peer is llama.cpp with mmap and without repacking, which is its best beyond memory; the limits are what
 the disk could do (streamed bytes over raw bandwidth) and what the processor does with everything in memory. Prints a
-table, and a JSON line per row.
+table, and a JSON line per row. For a model with experts, the limit is what its misses were: time per token over the
+larger of the processor's and missed bytes over raw bandwidth. Beside its share of the speed in memory stands
+SmallThinker's own (arXiv 2507.20984, table 4: 67 % with 61 % of the 21B's experts, 38 % with 25 % of the 4B's).
 """
 
 from __future__ import annotations
@@ -52,17 +55,29 @@ def child(args: argparse.Namespace) -> Row:
             loaded, times = time.perf_counter(), []
             before = runtime.memory()["streamed_bytes"] or 0
             generation = runtime.generate(prompt, max_tokens=args.tokens, sampling=SamplingParams(temperature=0))
-            after_prompt = 0
+            after_prompt, experts = 0, Row()
             for _ in generation:
                 times.append(time.perf_counter())
                 after_prompt = after_prompt or (runtime.memory()["streamed_bytes"] or 0)
+                experts = experts or runtime.plan()
             after = runtime.memory()["streamed_bytes"] or 0
             facts = {**runtime.memory(), **runtime.plan(), "token_ids": generation.token_ids,
                      "prompt_bytes": after_prompt - before,
-                     "bytes_per_token": (after - after_prompt) / max(1, len(times) - 1)}
+                     "bytes_per_token": (after - after_prompt) / max(1, len(times) - 1),
+                     **_experts_in_decode(experts, runtime.plan(), max(1, len(times) - 1))}
     gaps = [b - a for a, b in pairwise(times)] or [float("nan")]
     return {"load_s": loaded - start, "ttft_s": times[0] - loaded, "tok_s": len(gaps) / sum(gaps),
             "p99_over_median": sorted(gaps)[int(len(gaps) * 0.99)] / statistics.median(gaps), **facts}
+
+
+def _experts_in_decode(before: Row, after: Row, n_tokens: int) -> Row:
+    """What decoding `n_tokens` changed in the experts' account; nothing for a model without a pool."""
+    if "expert_slots" not in after:
+        return {}
+    hits, misses, read, waited = (after[f"expert_{what}"] - before[f"expert_{what}"]
+                                  for what in ("hits", "misses", "read_bytes", "waited_s"))
+    return {"expert_hit_rate": hits / max(1, hits + misses), "missed_bytes_per_token": read / n_tokens,
+            "waited_s_per_token": waited / n_tokens}
 
 
 def limited(args: argparse.Namespace, name: str, budget: int, prompt: int, tokens: int) -> Row:
@@ -121,9 +136,35 @@ def rounds(args: argparse.Namespace, names: tuple[str, ...], budget: int, prompt
         statistics.median(raw)
 
 
-def decode(args: argparse.Namespace, ratio: float) -> Row:
+def budget_of_residency(args: argparse.Namespace, percent: float) -> int:
+    """The budget that holds so many percent of the experts: what a first run at half the model's size says."""
+    from edgert.architectures.registry import open_architecture
+    from edgert.gguf.model_file import ModelFile
+
+    hp, budget = open_architecture(ModelFile.open(args.model)).hp, int(args.model.stat().st_size / 2)
+    plan = limited(args, "edgert", budget, 8, 1)
+    wanted = round(hp.n_layers * hp.n_experts * percent / 100)
+    return int(budget + (wanted - plan["expert_slots"]) * plan["expert_slot_bytes"])
+
+
+def _expert_row(ours: Row, resident: Row, raw: float) -> Row:
+    if "expert_slots" not in ours:
+        return {}
+    disk_s, compute_s = ours["missed_bytes_per_token"] / raw, 1 / resident["tok_s"]
+    row = {"expert_slots": ours["expert_slots"], "hit_rate": ours["expert_hit_rate"],
+           "missed_mib_per_token": ours["missed_bytes_per_token"] / 2**20, "waited_s_per_token":
+           ours["waited_s_per_token"], "disk_s": disk_s, "compute_s": compute_s,
+           "over_limit": 1 / ours["tok_s"] / max(disk_s, compute_s)}
+    print(f"      {ours['expert_slots']} slots, hit rate {row['hit_rate']:.3f}, {row['missed_mib_per_token']:.1f} MiB "
+          f"missed per token; {1000 / ours['tok_s']:.1f} ms, x{row['over_limit']:.2f} of the limit (disk "
+          f"{1000 * disk_s:.1f}, in memory {1000 * compute_s:.1f}), waited {1000 * ours['waited_s_per_token']:.1f} ms")
+    return row
+
+
+def decode(args: argparse.Namespace, ratio: float, budget: int | None = None) -> Row:
     """Speed of single tokens at one ratio, beside the disk's limit and the processor's."""
-    size, budget = args.model.stat().st_size, int(args.model.stat().st_size / ratio)
+    size = args.model.stat().st_size
+    budget = budget or int(size / ratio)
     names = ("edgert", "resident", *(("llama.cpp",) if args.peer else ()))
     runs, raw = rounds(args, names, budget, args.prompt, args.tokens)
     ours, resident, peer = runs["edgert"], runs["resident"], runs.get("llama.cpp", {"tok_s": float("nan")})
@@ -143,7 +184,7 @@ def decode(args: argparse.Namespace, ratio: float) -> Row:
     print(f"r={ratio:<4} {row['budget_mib']:5} MiB  edgert {row['tok_s']:6.2f} tok/s  llama.cpp {peer['tok_s']:5.2f}"
           f"  x{row['multiple']:.1f}  {row['of_disk_limit']:.0%} of {row['raw_gb_s']:.2f} GB/s  "
           f"{row['of_resident']:.0%} of in memory  p99 x{row['p99_over_median']:.2f}", flush=True)
-    return row
+    return {**row, **_expert_row(ours, resident, raw)}
 
 
 def prefill(args: argparse.Namespace, ratio: float, prompt: int) -> Row:
@@ -191,6 +232,7 @@ def main() -> None:
     parser.add_argument("what", choices=("decode", "prefill", "budgets"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--ratios", default="1.5,2,2.8")
+    parser.add_argument("--residency", help="percent of a model's experts, instead of ratios, for decode")
     parser.add_argument("--prompts", default="64,512,2048", help="lengths, for prefill")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prompt", type=int, default=64, help="length, for decode")
@@ -209,6 +251,10 @@ def main() -> None:
     ratios = [float(text) for text in args.ratios.split(",")]
     if args.what == "budgets":
         rows = budgets(args)
+    elif args.what == "decode" and args.residency:
+        shares = [(float(text), budget_of_residency(args, float(text))) for text in args.residency.split(",")]
+        rows = [{"residency_pct": percent, **decode(args, round(args.model.stat().st_size / budget, 2), budget)}
+                for percent, budget in shares]
     elif args.what == "decode":
         rows = [decode(args, ratio) for ratio in ratios]
     else:

@@ -63,7 +63,7 @@ class Skew:
     """How uneven the routing is; the defaults come near the real trace's figures."""
 
     block_energy: float = 0.3  # of a token's embedding, in the block that all tokens share
-    expert_spread: float = 1.8  # standard deviation of an expert's constant part, in those of what changes
+    expert_spread: float = 3.0  # standard deviation of an expert's constant part, in those of what changes
     recency: float = 2.2  # a query's constant part, in standard deviations of the rest
     attention_gain: float = 1.5  # what attention adds to the hidden state, against what a random matrix would
     ffn_gain: float = 0.2
