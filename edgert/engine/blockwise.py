@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgert.architectures import moe
 from edgert.architectures.base import Architecture, Weights
 from edgert.engine.batch import Batch, Phase, in_parts
-from edgert.engine.expert_graphs import Choice, PairInputs, pairs_at_once
+from edgert.engine.expert_graphs import Choice, ExpertMemory, PairInputs, pairs_at_once
 from edgert.engine.fused import Inputs, State, n_nodes
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.errors import OutOfMemory
@@ -34,7 +34,6 @@ _MAX_OUTPUT_PARTS = 1024
 # How many tokens of a batch are computed at once, the default first. Beside 512, prefill takes 2 % longer in parts of
 # 256 and 9 % longer in parts of 128 (Qwen2.5-1.5B, Q4_K), in compute buffers of a half and a quarter.
 PART_TOKENS = (256, 128)
-_MAX_PAIR_SHAPES = 256  # each some 3 KiB; a prompt's waves have hardly two of one size
 
 
 class _Memory:
@@ -114,9 +113,7 @@ class BlockwiseGraphs:
         self._graphs: OrderedDict[tuple[object, ...], _BlockGraph] = OrderedDict()
         self._scratch: dict[tuple[int, int, int], _Scratch] = {}
         self._buffer: Buffer | None = None
-        self._experts_buffer: Buffer | None = None
-        self._pairs_buffer: Buffer | None = None
-        self._pair_context, self._pair_inputs = Context(3 * _MAX_PAIR_SHAPES), dict[int, PairInputs]()
+        self.experts = ExpertMemory(backend)
         self._work_bytes = 0
         self.only_measures = False
         self.part_tokens = PART_TOKENS[0]
@@ -124,9 +121,8 @@ class BlockwiseGraphs:
     @property
     def compute_bytes(self) -> int:
         """Memory of intermediate results, of ggml's work on them, of inputs and logits."""
-        buffers = (self._buffer, self._experts_buffer, self._pairs_buffer)
         return (sum(a.size_bytes for a in self._allocators.values()) + self._work_bytes
-                + sum(buffer.size_bytes for buffer in buffers if buffer))
+                + (self._buffer.size_bytes if self._buffer else 0) + self.experts.size_bytes)
 
     def run(self, batches: list[Batch], forward: Callable[[list[State]], None]) -> NDArray[np.float32] | None:
         """Pass the batches through the model, layer by layer. Logits of the last batch, or None."""
@@ -183,31 +179,6 @@ class BlockwiseGraphs:
                 other.inputs.forget_memory()
                 other.written_for = None
         return self._buffer
-
-    def experts_buffer(self, size_bytes: int) -> Buffer:
-        """The memory of what batches compute expert by expert, grown when a step needs more."""
-        if self._experts_buffer is None or self._experts_buffer.size_bytes < size_bytes:
-            if self._experts_buffer is not None:
-                self._experts_buffer.close()
-            self._experts_buffer = self.backend.alloc("the experts' outputs", size_bytes)
-        return self._experts_buffer
-
-    def pair_inputs(self, n_pairs: int) -> PairInputs:
-        """The inputs of a graph over so many pairs, in memory that all sizes share."""
-        size_bytes = PairInputs.size_bytes(n_pairs)
-        too_small = self._pairs_buffer is None or self._pairs_buffer.size_bytes < size_bytes
-        if too_small or len(self._pair_inputs) == _MAX_PAIR_SHAPES:
-            self._pair_inputs.clear()
-            self._pair_context.close()
-            self._pair_context = Context(3 * _MAX_PAIR_SHAPES)
-        if too_small:
-            if self._pairs_buffer is not None:
-                self._pairs_buffer.close()
-            self._pairs_buffer = self.backend.alloc("the experts' inputs", size_bytes)
-        assert self._pairs_buffer is not None
-        if n_pairs not in self._pair_inputs:
-            self._pair_inputs[n_pairs] = PairInputs.at(self._pairs_buffer, self._pair_context, n_pairs)
-        return self._pair_inputs[n_pairs]
 
     def compute(self, function: Callable[..., Sequence[Tensor]], kind: tuple[object, ...], w: Weights,
                 sources: Sequence[Tensor], into: Sequence[Tensor], phase: Phase) -> None:
@@ -268,12 +239,11 @@ class BlockwiseGraphs:
         self._forget_all()
         for allocator in self._allocators.values():
             allocator.close()
-        for buffer in (self._buffer, self._experts_buffer, self._pairs_buffer):
-            if buffer is not None:
-                buffer.close()
-        self._buffer = self._experts_buffer = self._pairs_buffer = None
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
+        self.experts.close()
         self._work_bytes = 0
-        self._pair_context.close()
 
 
 class BlockState:
@@ -369,7 +339,7 @@ class BlockState:
             if choice is not None:
                 choice.close()
             choice = self._choice = Choice(hp, n_tokens)
-        buffer = self._graphs.experts_buffer(Choice.size_bytes(hp, len(span)))
+        buffer = self._graphs.experts.outputs(Choice.size_bytes(hp, len(span)))
         choice.place(buffer, buffer.base + Choice.size_bytes(hp, self.batch.start - span.start))
         return choice
 
@@ -393,10 +363,10 @@ class BlockState:
 
         most_pairs = pairs_at_once(w["ffn_up_exps.weight"].ne[2], choice.n_tokens)
         if graphs.only_measures:
-            compute(graphs.pair_inputs(min(most_pairs, choice.n_pairs)))
+            compute(graphs.experts.inputs(min(most_pairs, choice.n_pairs)))
             return
         for pairs, slot_ids in choice.portions(slots, most_pairs):
-            inputs = graphs.pair_inputs(len(pairs))
+            inputs = graphs.experts.inputs(len(pairs))
             inputs.write(pairs, slot_ids, self._arch.hp.n_experts_used)
             compute(inputs)
 

@@ -21,6 +21,7 @@ from edgert.ggml.graph import Context, Tensor
 _ALIGN = 64
 # ggml keeps a list of rows for every slot, as long as all pairs: 8 bytes * slots * pairs of work memory.
 _MAX_ROW_LIST_BYTES = 16 * 2**20
+_MAX_PAIR_SHAPES = 256  # each some 3 KiB; a prompt's waves have hardly two of one size
 
 
 def pairs_at_once(n_slots: int, n_tokens: int) -> int:
@@ -129,4 +130,50 @@ class Choice:
             yield pairs, slots[pairs]
 
     def close(self) -> None:
+        self._context.close()
+
+
+class ExpertMemory:
+    """Two buffers that batches use in turn: the inputs of graphs over pairs, and what lives from `route` to `weigh`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._outputs: Buffer | None = None
+        self._inputs: Buffer | None = None
+        self._context, self._by_size = Context(3 * _MAX_PAIR_SHAPES), dict[int, PairInputs]()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(buffer.size_bytes for buffer in (self._outputs, self._inputs) if buffer is not None)
+
+    def outputs(self, size_bytes: int) -> Buffer:
+        """Memory for the choices of a step's batches, grown when a step needs more."""
+        self._outputs = self._grown(self._outputs, "the experts' outputs", size_bytes)
+        return self._outputs
+
+    def inputs(self, n_pairs: int) -> PairInputs:
+        """The inputs of a graph over so many pairs; every number of pairs uses the same memory."""
+        buffer = self._grown(self._inputs, "the experts' inputs", PairInputs.size_bytes(n_pairs))
+        if buffer is not self._inputs or len(self._by_size) == _MAX_PAIR_SHAPES:
+            self._inputs = buffer
+            self._by_size.clear()
+            self._context.close()
+            self._context = Context(3 * _MAX_PAIR_SHAPES)
+        if n_pairs not in self._by_size:
+            self._by_size[n_pairs] = PairInputs.at(buffer, self._context, n_pairs)
+        return self._by_size[n_pairs]
+
+    def _grown(self, buffer: Buffer | None, what: str, size_bytes: int) -> Buffer:
+        if buffer is not None and buffer.handle and buffer.size_bytes >= size_bytes:
+            return buffer
+        if buffer is not None:
+            buffer.close()
+        return self._backend.alloc(what, size_bytes)
+
+    def close(self) -> None:
+        """Give all back. It may be used again."""
+        for buffer in (self._outputs, self._inputs):
+            if buffer is not None:
+                buffer.close()
+        self._outputs = self._inputs = None
         self._context.close()
