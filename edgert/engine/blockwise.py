@@ -312,13 +312,16 @@ class BlockState:
         self._compute(function, ("add_ffn", self._arch.layer_kind(layer)), w, [self._x, summed], self._x)
 
     def foresee(self, layer: int, w: Weights) -> Mapping[int, int]:
-        self._carry(layer, w)
         choice = self._choice_in(range(self.batch.start, self.batch.end))
 
-        def function(g: Graph, weights: Weights, carried: Tensor) -> list[Tensor]:
-            return [self._arch.foresee(g, layer, carried)]
+        def function(g: Graph, weights: Weights, x: Tensor) -> list[Tensor]:
+            carried = self._arch.carry(g, layer, weights, x)
+            assert carried is not None  # hp.carried_size says so
+            return [carried, self._arch.foresee(g, layer, carried)]
 
-        self._compute_all(function, ("foresee", self._arch.layer_kind(layer)), {}, self._carried[:1], [choice.ids])
+        self._compute_all(function, ("foresee", self._arch.layer_kind(layer)), w, [self._x],
+                          [self._carried[0], choice.ids])
+        self._carried_layer = layer
         return self._last_use(choice)
 
     def route(self, layer: int, w: Weights, span: range) -> Mapping[int, int]:
