@@ -18,10 +18,10 @@ Speculate = Literal["auto", "on", "off"]
 # Tokens of a pass. Few shapes, for each has graphs of its own; and sixteen rows of logits are 9 MiB for 152k tokens.
 SHAPES = (1, 4, 16)
 MAX_PASS_TOKENS = SHAPES[-1]
-# Less is noise, and a wrong guess costs power.
-_LEAST_GAIN = 1.05
-# How often a guess is right that was made from a match of 2-3, 4-7, 8-15, 16-31 and more tokens, before any was seen.
-_PRIOR_RATES, _PRIOR_WEIGHT = (0.3, 0.5, 0.7, 0.8, 0.9), 4.0
+# Less is within what measured times vary, and a wrong guess costs power.
+_LEAST_GAIN = 1.2
+# How often a guess is right that was made from a match of 1, 2-3, 4-7, 8-15, 16-31 and more tokens, before any was seen.
+_PRIOR_RATES, _PRIOR_WEIGHT = (0.3, 0.3, 0.5, 0.7, 0.8, 0.9), 4.0
 _FORGET = 0.95  # what was seen twenty guesses ago counts a third
 _N_TIMES = 8
 # A pass that was slow by chance is tried again after so many others.
@@ -100,8 +100,8 @@ class DraftLength:
 
 
 def _kind(match_length: int) -> int:
-    """Matches of 2-3, 4-7, 8-15, 16-31 and more tokens."""
-    return min(max(match_length.bit_length() - 2, 0), len(_PRIOR_RATES) - 1)
+    """Matches of 1, 2-3, 4-7, 8-15, 16-31 and more tokens."""
+    return min(match_length.bit_length() - 1, len(_PRIOR_RATES) - 1)
 
 
 class Speculation:

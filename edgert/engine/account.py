@@ -29,19 +29,19 @@ class Laps:
 
     def step(self, account: Account) -> float:
         """What passed since the last lap was a pass through the model. Seconds."""
-        lap_s, waited_s = self._lap(account), self._weights.waited_s
-        account.wait_ms += (waited_s - self._waited_s) * 1000
-        account.compute_ms += (lap_s - (waited_s - self._waited_s)) * 1000
-        self._waited_s = waited_s
+        lap_s, waited_s = self._lap(account)
+        account.wait_ms += waited_s * 1000
+        account.compute_ms += (lap_s - waited_s) * 1000
         return lap_s
 
     def rest(self, account: Account) -> None:
         """What passed since the last lap was anything else."""
-        account.rest_ms += self._lap(account) * 1000
+        account.rest_ms += self._lap(account)[0] * 1000
 
-    def _lap(self, account: Account) -> float:
-        now_s, read_bytes = time.perf_counter(), self._weights.streamed_bytes
-        account.read_bytes += read_bytes - self._read_bytes
-        lap_s = now_s - self._mark_s
-        self._mark_s, self._read_bytes = now_s, read_bytes
-        return lap_s
+    def _lap(self, account: Account) -> tuple[float, float]:
+        """Seconds that passed, and how many of them leases have waited."""
+        before = self._mark_s, self._waited_s, self._read_bytes
+        self._mark_s, self._waited_s, self._read_bytes = (
+            time.perf_counter(), self._weights.waited_s, self._weights.streamed_bytes)
+        account.read_bytes += self._read_bytes - before[2]
+        return self._mark_s - before[0], self._waited_s - before[1]

@@ -19,7 +19,8 @@ _NOWHERE = -1
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """`token_ids` may come next, because the last `match_length` tokens stood before them already."""
+    """`token_ids` may come next, because the last `match_length` tokens stood before them already. 1 stands for a copy
+    with one other token in it, which is believed to go on behind that."""
 
     match_length: int
     token_ids: list[int]
@@ -32,7 +33,8 @@ class PromptLookup:
         self._tokens = array("i")
         self._heads = array("i", [_NOWHERE]) * _N_HEADS  # by hash of two tokens: where the second stood last
         self._previous = array("i")  # where it stood before that
-        self._source = _NOWHERE  # the end of the match that the last guess was made from
+        self._source = _NOWHERE  # the place that the text's end is a copy of, as the last guess had it
+        self._missed = False  # its last token was another one
 
     def append(self, token_id: int) -> None:
         """The text goes on."""
@@ -45,16 +47,21 @@ class PromptLookup:
         self._previous.append(self._heads[slot])
         self._heads[slot] = end
         if self._source != _NOWHERE:
-            self._source += 1  # if the guess was right, the match goes on there
+            is_copy = self._tokens[self._source + 1] == token_id
+            self._source = self._source + 1 if is_copy or not self._missed else _NOWHERE
+            self._missed = not is_copy
 
     def guess(self, n_tokens: int) -> Guess | None:
         """How it may go on for `n_tokens`; None without a match. A text that repeats a period repeats it on."""
         end, tokens = len(self._tokens) - 1, self._tokens
         length, source = self._match()
-        if length < _MIN_MATCH:
-            self._source = _NOWHERE
+        if length >= _MIN_MATCH:
+            self._source, self._missed = source, False
+        elif self._source != _NOWHERE:
+            length, source = 1, self._source
+        else:
             return None
-        self._source, period = source, end - source
+        period = end - source
         return Guess(length, [tokens[source + 1 + i % period] for i in range(n_tokens)])
 
     def _match(self) -> tuple[int, int]:
