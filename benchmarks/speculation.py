@@ -121,8 +121,9 @@ def compare(args: argparse.Namespace, task: str) -> dict[str, Any]:
 
 def _unaccounted(run: dict[str, Any]) -> float:
     """The share of the answer's time that its parts do not explain."""
-    parts = sum(run[f"predicted_{part}_ms"] for part in ("compute", "wait", "rest"))
-    return abs(float(run["predicted_ms"]) - parts) / float(run["predicted_ms"])
+    parts: float = sum(run[f"predicted_{part}_ms"] for part in ("compute", "wait", "rest"))
+    predicted_ms: float = run["predicted_ms"]
+    return abs(predicted_ms - parts) / predicted_ms
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ SHAPES = (1, 4, 16)
 MAX_PASS_TOKENS = SHAPES[-1]
 # Less is within what measured times vary, and a wrong guess costs power.
 _LEAST_GAIN = 1.2
-# How often a guess is right that was made from a match of 1, 2-3, 4-7, 8-15, 16-31 and more tokens, before any was seen.
+# How often a guess is right that was made from a match of 1, 2-3, 4-7, 8-15, 16-31 and more tokens, before any is seen.
 _PRIOR_RATES, _PRIOR_WEIGHT = (0.3, 0.3, 0.5, 0.7, 0.8, 0.9), 4.0
 _FORGET = 0.95  # what was seen twenty guesses ago counts a third
 _N_TIMES = 8

@@ -20,8 +20,8 @@ from edgert.text.stream import TextStream
 
 VOCAB_SIZE, END, NONSENSE = 32, 31, 30
 GREEDY = SamplingParams(temperature=0)
-PIECES = {token_id: chr(ord("a") + token_id).encode() for token_id in range(26)} | {26: "é".encode()[:1],
-                                                                                   27: "é".encode()[1:], 28: b"!", 29: b"*", NONSENSE: b"?", END: b""}
+PIECES = {token_id: chr(ord("a") + token_id).encode() for token_id in range(26)} | {
+    26: "é".encode()[:1], 27: "é".encode()[1:], 28: b"!", 29: b"*", NONSENSE: b"?", END: b""}
 
 
 @dataclass
@@ -46,7 +46,7 @@ class FakeWeights:
 
 
 class FakeEngine:
-    """Says `script` after the prompt, and nonsense after anything else; `on_step` may do what it likes before a step."""
+    """Says `script` after the prompt, nonsense after anything else; `on_step` may do what it likes before a step."""
 
     batch_size = 512
 

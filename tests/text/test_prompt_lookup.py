@@ -63,7 +63,7 @@ def test_a_copy_is_followed_though_its_words_stand_in_many_places(monkeypatch: p
     lookup = lookup_of([900, 901, *original, *([7, 7, 30] * 20), 900, 901])
     for n_said, token_id in enumerate(original):
         guess = lookup.guess(3)
-        assert guess == Guess(2 + n_said, (original + [7, 7, 30])[n_said:n_said + 3])
+        assert guess == Guess(2 + n_said, [*original, 7, 7, 30][n_said:n_said + 3])
         lookup.append(token_id)
 
 
