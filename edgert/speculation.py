@@ -25,7 +25,7 @@ _PRIOR_RATES, _PRIOR_WEIGHT = (0.3, 0.3, 0.5, 0.7, 0.8, 0.9), 4.0
 _FORGET = 0.95  # what was seen twenty guesses ago counts a third
 _N_TIMES = 8
 # A pass that was slow by chance is tried again after so many others.
-_MAX_AGE_PASSES = 128
+_MAX_AGE_PASSES = 256
 
 
 class DraftLength:
