@@ -76,11 +76,12 @@ def test_a_pass_that_takes_too_long_is_not_tried_soon_again_but_some_day() -> No
     lengths = DraftLength()
     lengths.measured(1, 0.2)
     lengths.measured(4, 2.0)
-    passes = 0
-    while lengths.choose(32, 3) == 0:
+    chosen = []
+    for _ in range(300):
         lengths.measured(1, 0.2)
-        passes += 1
-    assert 200 < passes < 300
+        chosen.append(lengths.choose(32, 3))
+    assert chosen[:200] == [0] * 200
+    assert chosen[-1] == 3
     lengths.measured(4, 0.2)  # it was chance: what was measured then is forgotten
     assert lengths.choose(32, 3) == 3
 
