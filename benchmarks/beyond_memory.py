@@ -51,7 +51,8 @@ def child(args: argparse.Namespace) -> Row:
         from edgert import Runtime, SamplingParams
 
         budget = None if args.child == "resident" else args.memory
-        with Runtime.load(args.model, memory=budget, context=args.context, layout="plain") as runtime:
+        with Runtime.load(args.model, memory=budget, context=args.context, layout="plain",
+                          speculate="off") as runtime:
             loaded, times = time.perf_counter(), []
             before = runtime.memory()["streamed_bytes"] or 0
             generation = runtime.generate(prompt, max_tokens=args.tokens, sampling=SamplingParams(temperature=0))
@@ -211,7 +212,7 @@ def budgets(args: argparse.Namespace) -> list[Row]:
     from edgert.errors import BudgetTooSmall
 
     try:
-        Runtime.load(str(args.model), memory=1, context=args.context).close()
+        Runtime.load(str(args.model), memory=1, context=args.context, speculate="off").close()
         raise SystemExit("a budget of one byte was not refused")
     except BudgetTooSmall as refusal:
         smallest = refusal.smallest_bytes + 8 * 2**20  # this process is not the child: its own size differs a little

@@ -1,4 +1,5 @@
-"""Runs a command as a small device would: in a control group (v1 or v2) with a memory limit, page cache included.
+"""Runs a command as a small device would: in a control group (v1 or v2) with a memory limit, page cache included, and
+with a slow disk.
 
 Needs root. For measurements; the limit that a user sets is `--memory`.
 """
@@ -10,7 +11,8 @@ import os
 import resource
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +67,30 @@ def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float) -> O
                        _count(events, "max") if unified else int(events.read_text()), _count(kills, "oom_kill"), read)
     finally:
         _remove(group)
+
+
+@contextmanager
+def slow_disk(path: Path, read_bytes_s: int) -> Iterator[Path]:
+    """A group whose processes read the disk that holds `path` at most so fast: write their ids to the file given."""
+    unified = (_ROOT / "cgroup.controllers").exists()
+    group = (_ROOT if unified else _ROOT / "blkio") / f"edgert-{os.getpid()}-{time.monotonic_ns()}"
+    if unified:
+        (_ROOT / "cgroup.subtree_control").write_text("+io")
+    group.mkdir()
+    try:
+        limit, text = (("io.max", f"{_disk_of(path)} rbps={read_bytes_s}") if unified else
+                       ("blkio.throttle.read_bps_device", f"{_disk_of(path)} {read_bytes_s}"))
+        (group / limit).write_text(text)
+        yield group / "cgroup.procs"
+    finally:
+        _remove(group)
+
+
+def _disk_of(path: Path) -> str:
+    """major:minor of the whole disk that holds `path`: partitions have no limits of their own."""
+    device = path.stat().st_dev
+    node = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    return ((node.parent if (node / "partition").exists() else node) / "dev").read_text().strip()
 
 
 def _count(path: Path, key: str) -> int:

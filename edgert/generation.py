@@ -1,6 +1,7 @@
 """One answer as it is made: prefill, then sample, step, emit, until something ends it.
 
-Knows the order of a request's steps. Does not know where weights lie (engine) nor who reads the text (apps).
+Knows the order of a request's steps, and verifies the tokens that speculation guesses. Does not know where weights
+lie (engine) nor who reads the text (apps).
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.engine.account import Account, Laps
 from edgert.engine.engine import Engine
 from edgert.errors import UsageError
 from edgert.ggml.backend import Cancelled
@@ -21,6 +23,7 @@ from edgert.text.sampler import Sampler
 from edgert.text.stream import TextStream
 
 if TYPE_CHECKING:
+    from edgert.speculation import Speculation
     from edgert.text.constraint import Constraint
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -40,17 +43,29 @@ class Piece:
 
 @dataclass(slots=True)
 class Timings:
-    """llama-server's names. `cache_n` prompt tokens were in the KV cache already, `prompt_n` were computed."""
+    """llama-server's names. `cache_n` prompt tokens were in the KV cache already, `prompt_n` were computed. `draft_n`
+    tokens of the answer were guessed before they were computed, and `draft_n_accepted` of them rightly.
+
+    `prompt` and `predicted` say where `prompt_ms` and `predicted_ms` went.
+    """
 
     cache_n: int = 0
     prompt_n: int = 0
     prompt_ms: float = 0.0
     predicted_n: int = 0
     predicted_ms: float = 0.0
+    draft_n: int = 0
+    draft_n_accepted: int = 0
     time_to_first_token_ms: float = 0.0
+    prompt: Account = field(default_factory=Account)
+    predicted: Account = field(default_factory=Account)
 
     def to_dict(self) -> dict[str, Any]:
-        rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
+        """Flat: the parts of `prompt_ms` are `prompt_compute_ms`, `prompt_wait_ms` and `prompt_rest_ms`."""
+        values = asdict(self)
+        for phase in ("prompt", "predicted"):
+            values |= {f"{phase}_{key}": value for key, value in values.pop(phase).items()}
+        rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in values.items()}
         return {**rounded, "prompt_per_second": _rate(self.prompt_n, self.prompt_ms),
                 "predicted_per_second": _rate(self.predicted_n, self.predicted_ms)}
 
@@ -68,7 +83,7 @@ class Generation:
 
     def __init__(self, engine: Engine, prompt_ids: Sequence[int], sampler: Sampler, stream: TextStream, *,
                  max_tokens: int | None, is_end: Callable[[int], bool], on_tokens: Callable[[list[int]], None],
-                 constraint: Constraint | None = None) -> None:
+                 constraint: Constraint | None = None, speculation: Speculation | None = None) -> None:
         self.prompt_token_ids = list(prompt_ids)
         self.token_ids: list[int] = []
         self.text = ""
@@ -76,10 +91,11 @@ class Generation:
         self.timings = Timings(cache_n=engine.kv.length, prompt_n=len(prompt_ids) - engine.kv.length)
         self._engine, self._sampler, self._stream = engine, sampler, stream
         self._is_end, self._on_tokens, self._constraint = is_end, on_tokens, constraint
+        self._speculation = speculation
         room = engine.kv.context_length - len(self.prompt_token_ids)
         self._max_tokens = room if max_tokens is None else min(max_tokens, room)
         self._cancelled, self._lock = threading.Event(), threading.RLock()  # a signal handler may cancel anywhere
-        self._start = time.perf_counter()
+        self._start, self._laps = time.perf_counter(), Laps(engine.weights)
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -127,31 +143,54 @@ class Generation:
     def _decode(self) -> Iterator[Piece]:
         if self._cancelled.is_set():
             raise Cancelled
-        timings, engine = self.timings, self._engine
+        timings = self.timings
         for token_id in self.prompt_token_ids:
             self._sampler.accept(token_id)
-        logits = self._step(self.prompt_token_ids[timings.cache_n:])
+        logits = self._prefill(self.prompt_token_ids[timings.cache_n:])
         timings.prompt_ms = self._elapsed_ms()
+        draft: list[int] = []
         while True:
-            token_id = self._choose(logits[-1])
-            now = self._elapsed_ms()
-            timings.time_to_first_token_ms = timings.time_to_first_token_ms or now
-            timings.predicted_n += 1
-            timings.predicted_ms = now - timings.prompt_ms
-            if self._is_end(token_id):
-                self.finish_reason = "stop"
-                return
-            self.token_ids.append(token_id)
-            shown = self._stream.push(token_id)
-            self.text += shown
-            self.finish_reason = self._ended()
-            yield Piece(shown, token_id, now)
+            yield from self._say(logits, draft)
             if self.finish_reason:
                 return
             if self._cancelled.is_set():
                 raise Cancelled
-            logits = self._step([token_id])
-            assert engine.kv.length == len(self.prompt_token_ids) + len(self.token_ids)
+            draft = self._draft()
+            logits = self._step([self.token_ids[-1], *draft])
+
+    def _say(self, logits: NDArray[np.float32], draft: list[int]) -> Iterator[Piece]:
+        """Choose a token from each row, for as long as it is the one that was guessed; forget the other guesses."""
+        n_right = 0
+        try:
+            for row, guess in zip(logits, [*draft, None], strict=True):
+                piece = self._emit(self._choose(row), guess)
+                if piece is None:
+                    return
+                n_right += piece.token_id == guess
+                yield piece
+                if self.finish_reason or self._cancelled.is_set() or piece.token_id != guess:
+                    return
+        finally:
+            self._keep(draft, n_right)
+
+    def _emit(self, token_id: int, guess: int | None) -> Piece | None:
+        """Say the token. None for an end token, which is not said; the last piece sets `finish_reason`."""
+        timings, now = self.timings, self._elapsed_ms()
+        self._laps.rest(timings.predicted)
+        timings.time_to_first_token_ms = timings.time_to_first_token_ms or now
+        timings.predicted_n += 1
+        timings.predicted_ms = now - timings.prompt_ms
+        if self._is_end(token_id):
+            self.finish_reason = "stop"
+            return None
+        timings.draft_n_accepted += token_id == guess
+        self.token_ids.append(token_id)
+        if self._speculation is not None:
+            self._speculation.said(token_id)
+        shown = self._stream.push(token_id)
+        self.text += shown
+        self.finish_reason = self._ended()
+        return Piece(shown, token_id, now)
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         constraint = self._constraint
@@ -166,12 +205,40 @@ class Generation:
             return "stop"
         return "length" if len(self.token_ids) >= self._max_tokens else None
 
-    def _step(self, token_ids: list[int]) -> Any:
+    def _draft(self) -> list[int]:
+        """Guesses at the tokens after the last one, so few that the answer's end is not passed."""
+        if self._speculation is None:
+            return []
+        draft = self._speculation.draft(self._max_tokens - len(self.token_ids) - 1)
+        self.timings.draft_n += len(draft)
+        return draft
+
+    def _keep(self, draft: list[int], n_right: int) -> None:
+        """Forget the guesses that were not said: the KV cache holds tokens of this answer alone."""
+        kv = self._engine.kv
+        kv.truncate(kv.length - (len(draft) - n_right))
+        self._on_tokens(draft[:n_right])
+
+    def _prefill(self, token_ids: list[int]) -> NDArray[np.float32]:
         before = self._engine.kv.length
+        self._laps.rest(self.timings.prompt)
         try:
-            return self._engine.step(np.array(token_ids, np.int32))
-        finally:  # a cancelled prefill keeps the batches that were done
+            logits = self._engine.step(np.array(token_ids, np.int32))
+        finally:  # a cancelled one keeps the batches that were done
             self._on_tokens(token_ids[:self._engine.kv.length - before])
+        self._laps.step(self.timings.prompt)
+        return logits
+
+    def _step(self, token_ids: list[int]) -> NDArray[np.float32]:
+        """Compute the last token and the guesses after it; logits of all of them."""
+        assert self._engine.kv.length == len(self.prompt_token_ids) + len(self.token_ids) - 1
+        self._laps.rest(self.timings.predicted)
+        logits = self._engine.step(np.array(token_ids, np.int32), len(token_ids))
+        self._on_tokens(token_ids[:1])
+        step_s = self._laps.step(self.timings.predicted)
+        if self._speculation is not None:
+            self._speculation.measured(len(token_ids), step_s)
+        return logits
 
     def _elapsed_ms(self) -> float:
         return (time.perf_counter() - self._start) * 1000

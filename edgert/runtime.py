@@ -33,6 +33,7 @@ from edgert.gguf.model_file import ModelFile
 from edgert.memory.probe import MemoryProbe
 from edgert.models.catalog import Catalog
 from edgert.paths import Paths
+from edgert.speculation import MAX_PASS_TOKENS, DraftLength, Speculate, Speculation
 from edgert.text.sampler import Sampler, SamplingParams
 from edgert.text.stream import TextStream
 from edgert.text.template import ChatTemplate, Message
@@ -60,7 +61,7 @@ class Runtime:
     """One model, ready to answer. One request at a time; `Generation.cancel` may come from any thread."""
 
     def __init__(self, model: ModelFile, engine: Engine, tokenizer: Tokenizer | None, budget_bytes: int | None,
-                 trace: Trace) -> None:
+                 trace: Trace, *, speculates: bool = False) -> None:
         self.model, self.engine, self.tokenizer, self._trace = model, engine, tokenizer, trace
         self._budget_bytes = budget_bytes
         self._template: ChatTemplate | None = None
@@ -68,17 +69,22 @@ class Runtime:
         self._running: Generation | None = None
         self._closed = False
         self._constraints: Constraints | None = None
+        self._draft_length = DraftLength() if speculates else None
 
     @classmethod
     def load(cls, model: str | Path, *, memory: str | int | None = None, context: int | None = None,
              threads: int | None = None, batch: int = 512, kv_type: KVType = "f16",
-             layout: LayoutChoice = "auto", models_dirs: Sequence[Path] = (), trace: Path | None = None) -> Self:
+             layout: LayoutChoice = "auto", models_dirs: Sequence[Path] = (), trace: Path | None = None,
+             speculate: Speculate = "auto") -> Self:
         """Open a model: a path, a name that `edgert list` shows, or `user/repo:quant`.
 
         `memory` (bytes, or a text such as "600M") is a budget for the whole process; weights that it does not hold
         stream from disk. Without it, the budget is what the machine or the control group has left. `context` and
         `batch` count tokens. Memory without a budget: the file's pages (shared with the page cache), a repacked copy
         of the matrices that compute faster so, the KV cache as it fills, and the compute buffer.
+        `speculate` "auto" guesses tokens from the text before where weights stream, so that a pass gives several: they
+        are those that the sampler chooses from the pass's logits, which batches of other sizes round otherwise. "on"
+        does so for resident weights too.
         Raises ModelNotFound, ModelFileError, OutOfMemory (BudgetTooSmall), UsageError, NativeLibraryError.
         """
         paths, tracer = Paths.of_user(), Trace(trace) if trace else OFF
@@ -86,7 +92,7 @@ class Runtime:
         with tracer.span("header", "load"):
             file = ModelFile.open(path)
         options = EngineOptions(None if memory is None else parse_bytes(memory), context, threads or usable_cores(),
-                                batch, kv_type, layout)
+                                batch, kv_type, layout, speculate)
         load_libraries()
         with ThreadPoolExecutor(1, "vocabulary") as pool:  # 0.3 s for 150k tokens, beside the weights
             vocabulary = pool.submit(_open_tokenizer, file, tracer)
@@ -97,7 +103,9 @@ class Runtime:
             try:
                 tokenizer = vocabulary.result()
                 _check_vocabulary(file, tokenizer, engine.arch)
-                return cls(file, engine, tokenizer, options.memory_bytes, tracer)
+                speculates = speculate == "on" or not engine.weights.resident
+                return cls(file, engine, tokenizer, options.memory_bytes, tracer,
+                           speculates=speculates and options.may_speculate(engine.arch))
             except BaseException:
                 engine.close()
                 raise
@@ -139,7 +147,7 @@ class Runtime:
             self.engine, prompt_ids, Sampler(sampling or SamplingParams(), self.engine.arch.hp.vocab_size),
             TextStream(tokenizer.piece if tokenizer else lambda _: b"", stop), max_tokens=max_tokens,
             is_end=tokenizer.is_end_of_generation if tokenizer else lambda _: False,
-            on_tokens=self._kv_token_ids.extend, constraint=constraint)
+            on_tokens=self._kv_token_ids.extend, constraint=constraint, speculation=self._speculation(prompt_ids))
         return self._running
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
@@ -156,6 +164,10 @@ class Runtime:
         text = self._template.render(messages)
         has_bos = bool(self.tokenizer.bos_text) and text.startswith(self.tokenizer.bos_text)
         return self.tokenize(text, add_special=not has_bos)
+
+    def _speculation(self, prompt_ids: list[int]) -> Speculation | None:
+        lengths = self._draft_length
+        return None if lengths is None else Speculation(lengths, prompt_ids, self.engine.batch_size)
 
     def _constraint(self, json_schema: JSONSchema | None, grammar: str | None) -> Constraint | None:
         if json_schema is None and grammar is None:
@@ -246,6 +258,11 @@ class EngineOptions:
     batch_size: int = 512
     kv_type: KVType = "f16"
     layout: LayoutChoice = "auto"
+    speculate: Speculate = "auto"
+
+    def may_speculate(self, arch: Architecture) -> bool:
+        """Never with experts: each token of a pass brings its own, so that bytes grow with guesses, right or wrong."""
+        return self.speculate != "off" and arch.hp.n_experts == 0
 
 
 def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Trace = OFF) -> Engine:
@@ -277,7 +294,8 @@ def _compose(file: ModelFile, arch: Architecture, backend: Backend, kv: DenseKVC
         graphs = BlockwiseGraphs(backend, arch, kv)
         try:
             weights = open_window(backend, file, arch, kv, graphs, budget_bytes or left_bytes, batch_size=batch_size,
-                                  probe=probe, trace=trace)
+                                  n_logits=MAX_PASS_TOKENS if options.may_speculate(arch) else 1, probe=probe,
+                                  trace=trace)
         except BaseException:
             graphs.close()
             raise

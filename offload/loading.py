@@ -112,16 +112,19 @@ class _AnyExperts:
 
 
 def open_window(backend: Backend, model: ModelFile, arch: Architecture, kv: DenseKVCache, graphs: BlockwiseGraphs,
-                budget_bytes: int, *, batch_size: int, probe: MemoryProbe, trace: Trace = OFF) -> WindowWeights:
-    """Weights within `budget_bytes` for the whole process. Raises BudgetTooSmall before any weight is read."""
+                budget_bytes: int, *, batch_size: int, n_logits: int = 1, probe: MemoryProbe,
+                trace: Trace = OFF) -> WindowWeights:
+    """Weights within `budget_bytes` for the whole process, for steps that want up to `n_logits` rows of logits. Raises
+    BudgetTooSmall before any weight is read."""
     pieces = cut(model, arch)
     static, experts = split_experts(pieces)
     shape = PoolShape.of(experts) if experts else None
     most_slots = min(arch.hp.n_layers * arch.hp.n_experts, budget_bytes // shape.slot_bytes + 1) if shape else 1
-    compute_bytes = _reserve(backend, pieces, model, arch, kv, graphs, batch_size, budget_bytes, most_slots)
+    compute_bytes = _reserve(backend, pieces, model, arch, kv, graphs, batch_size, n_logits, budget_bytes,
+                             most_slots)
     for path, data_start in zip(model.parts, model.data_starts, strict=True):
         forget_cached(path, data_start + _READAHEAD_BYTES)
-    fixed_bytes = (_process_bytes(probe, budget_bytes) + _growth_bytes(arch, kv.context_length)
+    fixed_bytes = (_process_bytes(probe, budget_bytes) + _growth_bytes(arch, kv.context_length, n_logits)
                    + kv.size_bytes + compute_bytes + EmbeddingRows.bytes_needed(model, batch_size))
     later_tokens = max(0, kv.context_length - batch_size)
     residency, pool = _share_out(static, shape, arch, budget_bytes, fixed_bytes, later_tokens)
@@ -156,7 +159,7 @@ def _share_out(static: Sequence[Piece], shape: PoolShape | None, arch: Architect
 
 
 def _reserve(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
-             graphs: BlockwiseGraphs, batch_size: int, budget_bytes: int, n_slots: int) -> int:
+             graphs: BlockwiseGraphs, batch_size: int, n_logits: int, budget_bytes: int, n_slots: int) -> int:
     """Choose how many tokens are computed at once, and allocate what the largest shapes need. Bytes."""
     headers = Headers(backend, pieces, model, batch_size, n_slots)
     n_tokens = min(batch_size, kv.context_length)
@@ -165,8 +168,8 @@ def _reserve(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: 
         for part_tokens in PART_TOKENS:
             graphs.part_tokens = part_tokens
             most = max(part.n_tokens for part in graphs.in_parts([Batch(np.zeros(n_tokens, np.int32), 0)]))
-            sizes = (most, min(most, MAX_DECODE_TOKENS))
-            largest = [Batch(np.zeros(n, np.int32), kv.context_length - n) for n in sizes]
+            sizes = {most: 1, **{n: min(n, n_logits) for n in (min(most, MAX_DECODE_TOKENS), min(most, n_logits))}}
+            largest = [Batch(np.zeros(n, np.int32), kv.context_length - n, n_rows) for n, n_rows in sizes.items()]
             compute_bytes = graphs.reserve(largest, lambda states: forward(states, arch, headers, Solo()))
             if arch.hp.n_experts or compute_bytes <= _COMPUTE_SHARE * budget_bytes:
                 break
@@ -175,13 +178,16 @@ def _reserve(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: 
         headers.close()
 
 
-def _growth_bytes(arch: Architecture, context_length: int) -> int:
+def _growth_bytes(arch: Architecture, context_length: int, n_logits: int) -> int:
     """What comes beside the compute buffers once a prompt fills the context: the hidden states of all its batches,
-    and graphs for prefill and for decode (one every CELLS_PER_BUCKET tokens in each), two kinds of layers."""
+    and graphs for prefill, for decode and for two shapes that verify guesses (one every CELLS_PER_BUCKET tokens in
+    each), two kinds of layers."""
     hidden_bytes = context_length * (arch.hp.hidden_size + arch.hp.carried_size) * 4
-    n_shapes = 2 * context_length // CELLS_PER_BUCKET
-    n_graphs = MAX_GRAPHS if arch.hp.n_experts else min(MAX_GRAPHS, 32 + 2 * n_shapes)  # experts: every size of a wave
-    return _GROWTH_BYTES + hidden_bytes + n_graphs * _GRAPH_BYTES
+    n_kinds = 4 if n_logits > 1 else 2
+    n_graphs = 12 * n_kinds + 8 + 2 * n_kinds * context_length // CELLS_PER_BUCKET
+    if arch.hp.n_experts:  # every size of a wave
+        n_graphs = MAX_GRAPHS
+    return _GROWTH_BYTES + hidden_bytes + min(MAX_GRAPHS, n_graphs) * _GRAPH_BYTES
 
 
 def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:

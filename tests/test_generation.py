@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,34 +18,58 @@ from edgert.ggml.backend import Cancelled
 from edgert.text.sampler import Sampler, SamplingParams
 from edgert.text.stream import TextStream
 
-VOCAB_SIZE, END = 32, 31
-PIECES = {token_id: chr(ord("a") + token_id).encode() for token_id in range(26)} | {26: "é".encode()[:1],
-                                                                                   27: "é".encode()[1:], END: b""}
+VOCAB_SIZE, END, NONSENSE = 32, 31, 30
+GREEDY = SamplingParams(temperature=0)
+PIECES = {token_id: chr(ord("a") + token_id).encode() for token_id in range(26)} | {
+    26: "é".encode()[:1], 27: "é".encode()[1:], 28: b"!", 29: b"*", NONSENSE: b"?", END: b""}
 
 
 @dataclass
 class FakeKV:
-    length: int = 0
+    token_ids: list[int]
     context_length: int = 100
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    def truncate(self, n_tokens: int) -> None:
+        del self.token_ids[n_tokens:]
+
+
+@dataclass
+class FakeWeights:
+    """Each step reads 100 bytes and waits for them for an hour."""
+
+    waited_s: float = 0.0
+    streamed_bytes: int = 0
 
 
 class FakeEngine:
-    """Says `script`, token by token; `on_step` may do what it likes before each step."""
+    """Says `script` after the prompt, nonsense after anything else; `on_step` may do what it likes before a step."""
 
-    def __init__(self, script: list[int], *, context_length: int = 100, held: int = 0) -> None:
-        self.kv, self._script = FakeKV(held, context_length), iter(script)
+    batch_size = 512
+
+    def __init__(self, prompt: list[int], script: list[int], *, context_length: int = 100, held: int = 0) -> None:
+        self.kv, self.weights = FakeKV(prompt[:held], context_length), FakeWeights()
+        self._n_prompt, self._text = len(prompt), [*prompt, *script]
         self.steps: list[list[int]] = []
         self.cancelled = False
         self.on_step: Callable[[], object] = lambda: None
 
-    def step(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> NDArray[np.float32]:
         self.on_step()
         if self.cancelled:
             raise Cancelled
         self.steps.append(token_ids.tolist())
-        self.kv.length += len(token_ids)
-        logits = np.zeros((1, VOCAB_SIZE), np.float32)
-        logits[0, next(self._script)] = 1
+        self.kv.token_ids += token_ids.tolist()
+        assert self.kv.length <= self.kv.context_length
+        self.weights.waited_s += 3600
+        self.weights.streamed_bytes += 100
+        logits = np.zeros((n_outputs, VOCAB_SIZE), np.float32)
+        for row, end in enumerate(range(self.kv.length - n_outputs + 1, self.kv.length + 1)):
+            is_script = self.kv.token_ids[:end] == self._text[:end] and end < len(self._text)
+            logits[row, self._text[end] if is_script else NONSENSE] = 1
         return logits
 
     def cancel(self) -> None:
@@ -52,6 +77,23 @@ class FakeEngine:
 
     def resume(self) -> None:
         self.cancelled = False
+
+
+class Guesses:
+    """Guesses what it is told to after so many tokens of the answer."""
+
+    def __init__(self, drafts: dict[int, list[int]]) -> None:
+        self._drafts = drafts
+        self.heard: list[int] = []
+
+    def said(self, token_id: int) -> None:
+        self.heard.append(token_id)
+
+    def draft(self, n_most: int) -> list[int]:
+        return self._drafts.get(len(self.heard), [])[:max(0, n_most)]
+
+    def measured(self, n_tokens: int, time_s: float) -> None:
+        assert time_s >= 0
 
 
 @dataclass
@@ -64,13 +106,16 @@ class Made:
 
 
 def make(script: list[int], *, prompt: list[int] | None = None, max_tokens: int | None = None,
-         stop: tuple[str, ...] = (), **engine_options: Any) -> Made:
-    engine = FakeEngine(script, **engine_options)
+         stop: tuple[str, ...] = (), guesses: dict[int, list[int]] | None = None, sampling: SamplingParams = GREEDY,
+         constraint: Any = None, engine_type: type[FakeEngine] = FakeEngine, **engine_options: Any) -> Made:
+    prompt = prompt or [1, 2, 3]
+    engine = engine_type(prompt, script, **engine_options)
     in_cache: list[int] = []
     generation = Generation(
         engine,  # type: ignore[arg-type]
-        prompt or [1, 2, 3], Sampler(SamplingParams(temperature=0), VOCAB_SIZE), TextStream(PIECES.__getitem__, stop),
-        max_tokens=max_tokens, is_end=lambda token_id: token_id == END, on_tokens=in_cache.extend)
+        prompt, Sampler(sampling, VOCAB_SIZE), TextStream(PIECES.__getitem__, stop),
+        max_tokens=max_tokens, is_end=lambda token_id: token_id == END, on_tokens=in_cache.extend,
+        constraint=constraint, speculation=Guesses(guesses) if guesses else None)  # type: ignore[arg-type]
     return Made(generation, engine, in_cache)
 
 
@@ -297,17 +342,155 @@ def test_an_error_of_the_engine_reaches_the_reader_and_what_was_said_stays() -> 
     assert list(made.generation) == []
 
 
+# -- guesses -----------------------------------------------------------------------------------------------------------
+def test_right_guesses_are_said_and_wrong_ones_forgotten() -> None:
+    made = make([4, 5, 6, 7, 8, 9, END], guesses={1: [5, 6, 20, 8], 4: [7], 5: [9, 9]})
+    pieces = list(made.generation)
+    assert made.engine.steps == [[1, 2, 3], [4, 5, 6, 20, 8], [7, 7], [8, 9, 9]]
+    assert [piece.token_id for piece in pieces] == made.generation.token_ids == [4, 5, 6, 7, 8, 9]
+    assert made.generation.finish_reason == "stop"
+    assert made.in_cache == made.engine.kv.token_ids == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    timings = made.generation.timings
+    assert (timings.draft_n, timings.draft_n_accepted, timings.predicted_n) == (7, 3, 7)
+
+
+@pytest.mark.parametrize("wrong_every", [1, 2, 3, 5])
+@pytest.mark.parametrize("draft_length", [1, 3, 15])
+def test_an_answer_is_the_same_whatever_is_guessed(wrong_every: int, draft_length: int) -> None:
+    script = [i * i % 26 for i in range(60)]
+    drafts = {n: [token_id if i % wrong_every else 29 for i, token_id in enumerate(script[n:n + draft_length], n)]
+              for n in range(1, 60)}
+    for options in ({"max_tokens": 50}, {"stop": ("zja",)}, {"context_length": 40}, {"stop": ("ab", "e")}):
+        alone, guessed = make(script, **options), make(script, guesses=drafts, **options)  # type: ignore[arg-type]
+        texts = [[piece.text for piece in made.generation] for made in (alone, guessed)]
+        assert texts[0] == texts[1]
+        assert alone.generation.token_ids == guessed.generation.token_ids
+        assert alone.generation.finish_reason == guessed.generation.finish_reason
+        assert alone.generation.timings.predicted_n == guessed.generation.timings.predicted_n
+        assert guessed.in_cache == guessed.engine.kv.token_ids
+        said = [1, 2, 3, *guessed.generation.token_ids]
+        assert guessed.in_cache == said[:len(guessed.in_cache)]
+        assert len(said) - len(guessed.in_cache) <= 1
+
+
+def test_a_guessed_end_token_ends_it() -> None:
+    made = make([4, 5, END, 6, 7], guesses={1: [5, END, 6, 7]})
+    assert made.generation.result() == "ef"
+    assert made.generation.finish_reason == "stop"
+    assert made.in_cache == made.engine.kv.token_ids == [1, 2, 3, 4, 5]
+
+
+def test_guesses_leave_room_in_the_context() -> None:
+    made = make(list(range(20)), context_length=8, guesses={1: list(range(1, 20))})
+    assert made.generation.result() == "abcde"
+    assert made.engine.steps == [[1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_what_is_guessed_hears_what_is_said() -> None:
+    made = make([4, 5, 6, 7, END], guesses={1: [5, 9], 3: [7]})
+    made.generation.result()
+    assert made.generation._speculation.heard == [4, 5, 6, 7]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", ["cancel", "close", "leave", "error"])
+def test_stopping_among_guesses_keeps_what_was_said_and_no_more(how: str) -> None:
+    made = make([0, 1, 2, 3, 4, 5], guesses={1: [1, 2, 3, 4, 5]})
+    pieces = iter(made.generation)
+    shown = [next(pieces).token_id for _ in range(3)]
+    if how == "cancel":
+        made.generation.cancel()
+    elif how == "close":
+        made.generation.close()
+    elif how == "leave":
+        pieces.close()  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(RuntimeError):
+            pieces.throw(RuntimeError())  # type: ignore[attr-defined]
+    assert list(pieces) == []
+    assert shown == made.generation.token_ids == [0, 1, 2]
+    assert made.generation.finish_reason == "cancelled"
+    assert made.in_cache == made.engine.kv.token_ids == [1, 2, 3, 0, 1, 2]
+
+
+def test_chance_falls_as_it_would_without_guesses() -> None:
+    """One draw a token, from the logits of its place: the sampler's state is where it would be."""
+    class Undecided(FakeEngine):
+        def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> NDArray[np.float32]:
+            super().step(token_ids, n_outputs)
+            ends = range(self.kv.length - n_outputs, self.kv.length)
+            return np.stack([np.random.default_rng(end).normal(size=VOCAB_SIZE).astype(np.float32) for end in ends])
+
+    sampling = SamplingParams(temperature=1.0, seed=5, repeat_penalty=1.3)
+    alone = make([], max_tokens=30, sampling=sampling, engine_type=Undecided)
+    alone.generation.result()
+    said = alone.generation.token_ids
+    assert len(set(said)) > 5
+    drafts = {n: [*said[n:n + 3], 29] for n in range(1, 30)}
+    guessed = make([], max_tokens=30, sampling=sampling, guesses=drafts, engine_type=Undecided)
+    guessed.generation.result()
+    assert guessed.generation.token_ids == said
+    assert guessed.generation.timings.draft_n_accepted > 5
+
+
+def test_guesses_obey_a_constraint_token_by_token() -> None:
+    """A guess that the form does not allow is not said, though the model finds it best."""
+    class EvenThenOdd:
+        is_complete = False
+
+        def __init__(self) -> None:
+            self.accepted: list[int] = []
+
+        def mask(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+            masked = logits.copy()
+            masked[1 - len(self.accepted) % 2::2] = -np.inf
+            return masked
+
+        def accept(self, token_id: int) -> None:
+            assert token_id % 2 == len(self.accepted) % 2
+            self.accepted.append(token_id)
+            self.is_complete = len(self.accepted) == 5
+
+    constraint = EvenThenOdd()
+    made = make([4, 5, 6, 8], guesses={1: [5, 6, 8, 9]}, constraint=constraint)
+    list(made.generation)
+    assert made.engine.steps[1] == [4, 5, 6, 8, 9]
+    assert made.generation.token_ids == constraint.accepted
+    assert made.generation.token_ids[:3] == [4, 5, 6]
+    assert made.generation.token_ids[3] % 2 == 1
+    assert made.in_cache == made.engine.kv.token_ids
+    assert made.generation.finish_reason == "stop"
+
+
 # -- its figures -------------------------------------------------------------------------------------------------------
 def test_timings_have_llama_servers_names() -> None:
     made = make([0, 1, END])
     made.generation.result()
     timings = made.generation.timings.to_dict()
     assert set(timings) == {"cache_n", "prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_ms",
-                            "predicted_per_second", "time_to_first_token_ms"}
+                            "predicted_per_second", "time_to_first_token_ms", "draft_n", "draft_n_accepted",
+                            *(f"{phase}_{part}" for phase in ("prompt", "predicted")
+                              for part in ("compute_ms", "wait_ms", "rest_ms", "read_bytes"))}
     assert (timings["cache_n"], timings["prompt_n"], timings["predicted_n"]) == (0, 3, 3)
     assert 0 < timings["prompt_ms"] <= timings["time_to_first_token_ms"]
     assert timings["prompt_per_second"] == pytest.approx(3 / made.generation.timings.prompt_ms * 1000, abs=0.01)
     assert timings["predicted_per_second"] == pytest.approx(3 / made.generation.timings.predicted_ms * 1000, abs=0.01)
+
+
+def test_the_time_is_accounted_for() -> None:
+    """Waits of an hour a step are told from computing, and no moment is counted twice or left out."""
+    made = make([0, 1, 2, END])
+    made.engine.on_step = lambda: time.sleep(0.01)
+    for _ in made.generation:
+        time.sleep(0.005)  # whoever reads it
+    timings = made.generation.timings.to_dict()
+    hour_ms = 3600e3
+    for phase, n_steps in (("prompt", 1), ("predicted", 3)):
+        compute_ms, wait_ms, rest_ms = (timings[f"{phase}_{part}_ms"] for part in ("compute", "wait", "rest"))
+        assert wait_ms == pytest.approx(n_steps * hour_ms)
+        assert compute_ms + n_steps * hour_ms >= n_steps * 10
+        assert rest_ms >= (15 if phase == "predicted" else 0)
+        assert compute_ms + wait_ms + rest_ms == pytest.approx(timings[f"{phase}_ms"], abs=3)
+        assert timings[f"{phase}_read_bytes"] == 100 * n_steps
 
 
 def _in_a_thread(function: Callable[[], object]) -> None:

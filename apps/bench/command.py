@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if not tests:
         raise UsageError("there is nothing to measure", "Ask for tokens with -p, -n or -pg.")
     context = max(_MIN_CONTEXT, *(test.n_tokens for test in tests))
-    with Interrupts() as interrupts, open_runtime(args, context) as runtime:
+    with Interrupts() as interrupts, open_runtime(args, context, speculate="off") as runtime:
         interrupts.raise_missed()
         form = format_named(args.output, describe_subject(runtime, args), [test.name for test in tests])
         return _measure_all(runtime, tests, args.repetitions, form, interrupts)

@@ -17,6 +17,7 @@ from edgert.units import parse_bytes
 
 if TYPE_CHECKING:
     from edgert.runtime import Runtime
+    from edgert.speculation import Speculate
 
 _TOKENS = re.compile(r"(\d{1,12})(k?)", re.IGNORECASE | re.ASCII)
 _MAX_WHOLE = 2**31 - 1
@@ -126,9 +127,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                        help="a directory with GGUF files; may be given several times")
 
 
-def open_runtime(args: argparse.Namespace, context: int | None, trace: Path | None = None) -> Runtime:
+def open_runtime(args: argparse.Namespace, context: int | None, trace: Path | None = None,
+                 speculate: Speculate = "auto") -> Runtime:
     """The Runtime that `add_model_options` asked for. Raises what Runtime.load raises."""
     from edgert.runtime import Runtime
 
     return Runtime.load(args.model, memory=args.memory, context=context, threads=args.threads, batch=args.batch,
-                        kv_type=args.kv_type, layout=args.layout, models_dirs=args.models_dir, trace=trace)
+                        kv_type=args.kv_type, layout=args.layout, models_dirs=args.models_dir, trace=trace,
+                        speculate=speculate)

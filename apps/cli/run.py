@@ -58,6 +58,9 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="makes an answer that can be had again")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT",
                        help="end before this text; may be given several times")
+    group.add_argument("--speculate", choices=("auto", "on", "off"), default="auto",
+                       help="guess tokens that the text before suggests and verify several at once; auto does so where "
+                            "weights stream")
     form = group.add_mutually_exclusive_group()
     form.add_argument("--json-schema", metavar="FILE", help="answer with JSON that this schema admits")
     form.add_argument("--grammar", metavar="FILE", help="answer with text that this GBNF grammar admits")
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if prompt is None and args.json:
         raise UsageError("--json needs a prompt", "Give a text as argument or with --prompt-file.")
     output, options = AnswerStream(sys.stdout), answer_options(args)
-    with Interrupts() as interrupts, open_runtime(args, args.context, args.trace) as runtime:
+    with Interrupts() as interrupts, open_runtime(args, args.context, args.trace, args.speculate) as runtime:
         interrupts.raise_missed()
         raw = args.raw or not runtime.has_template
         if raw and args.system is not None:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.architectures.base import Architecture, Block, Weights
-from edgert.engine.batch import split
+from edgert.engine.account import Account, Laps
+from edgert.engine.batch import Batch, split
 from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.collective import Collective, Solo
 from edgert.engine.fused import FusedGraphs, State
@@ -31,7 +32,7 @@ class Engine:
                  graphs: BlockwiseGraphs | None = None, trace: Trace = OFF) -> None:
         self.arch, self.weights, self.kv, self.backend = arch, weights, kv, backend
         self.collective: Collective = collective or Solo()
-        self.batch_size, self._trace = batch_size, trace
+        self.batch_size, self._trace, self._laps = batch_size, trace, Laps(weights)
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
         self._graphs = FusedGraphs(backend, arch, kv) if whole else graphs or BlockwiseGraphs(backend, arch, kv)
@@ -49,8 +50,18 @@ class Engine:
         """
         self.kv.check_room(self.kv.length + len(token_ids), self.arch.hp.context_length)
         batches = split(token_ids, self.kv.length, self.batch_size, n_outputs)
+        account = Account()
+        self._laps.rest(account)
+        logits = self._run(batches)
+        self._laps.step(account)
+        self._trace.count("step, ms", compute=account.compute_ms, wait=account.wait_ms, rest=account.rest_ms)
+        self._trace.count("step, bytes read", read=account.read_bytes)
+        return logits
+
+    def _run(self, batches: list[Batch]) -> NDArray[np.float32]:
         if isinstance(self._graphs, BlockwiseGraphs):
-            with self._trace.span(f"{batches[0].phase} {len(token_ids)}", "compute"):
+            n_tokens = sum(batch.n_tokens for batch in batches)
+            with self._trace.span(f"{batches[0].phase} {n_tokens}", "compute"):
                 logits = self._graphs.run(self._graphs.in_parts(batches), self._forward)
             self.kv.commit(batches[-1])
         else:

@@ -52,6 +52,7 @@ class ResidentWeights:
     resident = True
     n_output_parts = 1
     experts = None
+    waited_s = 0.0
 
     def __init__(self, backend: Backend, model: ModelFile, arch: Architecture, layouts: Layouts) -> None:
         self._backend = backend

@@ -84,6 +84,11 @@ class WeightSource(Leases, Protocol):
         """Bytes that were read from disk so far because they do not stay."""
         ...
 
+    @property
+    def waited_s(self) -> float:
+        """Time that leases have waited for bytes so far."""
+        ...
+
     def plan(self) -> dict[str, Any]:
         """What lies where, for people and for `--json`."""
         ...

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,13 +86,56 @@ def test_every_byte_arrives(path: Path, file: DirectFile, arena: Arena, open_rea
 
 
 def test_a_large_read_is_shared_between_threads(path: Path, file: DirectFile, arena: Arena, disk: FaultyDisk,
-                                                open_readers: Callable[[int], Readers]) -> None:
+                                                open_readers: Callable[[int], Readers],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers_module, "_SLOW_REQUEST_S", 1e9)
     readers, n_bytes = open_readers(2), 3 * CHUNK_BYTES + 4096
     read = Read(file, 0, n_bytes, arena.base)
     readers.submit(read)
     read.wait(never)
     assert sorted(disk.offsets) == [0, CHUNK_BYTES, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES]
     assert ctypes.string_at(arena.base, n_bytes) == path.read_bytes()[:n_bytes]
+
+
+def test_a_slow_disk_gets_small_requests_and_a_fast_one_large_ones_again(
+        path: Path, file: DirectFile, arena: Arena, disk: FaultyDisk, open_readers: Callable[[int], Readers],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that whoever stops the readers waits for little."""
+    readers, n_bytes = open_readers(1), 3 * CHUNK_BYTES
+
+    def request_sizes(slow_s: float) -> list[int]:
+        monkeypatch.setattr(readers_module, "_SLOW_REQUEST_S", slow_s)
+        disk.offsets.clear()
+        read = Read(file, 0, n_bytes, arena.base)
+        readers.submit(read)
+        read.wait(never)
+        assert ctypes.string_at(arena.base, n_bytes) == path.read_bytes()[:n_bytes]
+        return [b - a for a, b in pairwise([*disk.offsets, n_bytes])]
+
+    slow, fast = request_sizes(0.0), request_sizes(1e9)
+    least = 2**18
+    assert slow == sorted(slow, reverse=True)
+    assert (slow[0], slow[-1]) == (CHUNK_BYTES, least)
+    assert (fast[0], fast[-1]) == (least, CHUNK_BYTES)
+
+
+def test_stopping_the_readers_stops_them_within_a_chunk(file: DirectFile, arena: Arena, disk: FaultyDisk,
+                                                        open_readers: Callable[[int], Readers],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers_module, "_SLOW_REQUEST_S", 0.0)
+    readers, read = open_readers(1), Read(file, 0, 2 * CHUNK_BYTES, arena.base)
+    disk.stop_answering()
+    readers.submit(read)
+    assert disk.is_stuck.wait(60)
+    closer = threading.Thread(target=readers.close)
+    closer.start()
+    while not readers._is_closing:
+        closer.join(0.001)
+    disk.answer()
+    closer.join(60)
+    assert not closer.is_alive()
+    assert disk.offsets == [0]
+    assert read.abandoned
 
 
 def test_reads_are_carried_out_in_the_order_in_which_they_came(
