@@ -254,6 +254,10 @@ class BlockState:
         self._x = self._all
         self._n_logits_rows = 0
 
+    @property
+    def hidden(self) -> Tensor:
+        return self._x
+
     def embed(self, w: Weights, rows: NDArray[np.int32]) -> None:
         scratch = self._scratch
         if not self._graphs.only_measures:

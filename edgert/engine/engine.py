@@ -78,13 +78,18 @@ class Engine:
 
 
 def forward(states: Sequence[State], arch: Architecture, weights: Leases, collective: Collective) -> None:
-    """Every block in order. Each state holds one batch: all of them pass a block while its weights are here."""
+    """Every block in order. Each state holds one batch: all of them pass a block while its weights are here.
+
+    Rank 0 alone holds the embedding and the output head; the last sum is only for it.
+    """
     phase = states[0].batch.phase if len(states) == 1 else "prefill"
     reduce, n_layers = collective.all_reduce, arch.hp.n_layers
 
     for state in states:
-        with weights.lease_embedding(state.batch.token_ids, phase) as (w, rows):
-            state.embed(w, rows)
+        if collective.rank == 0:
+            with weights.lease_embedding(state.batch.token_ids, phase) as (w, rows):
+                state.embed(w, rows)
+        collective.broadcast(state.hidden)
 
     for layer in range(n_layers):
         with weights.lease(Block("attention", layer), phase) as w:
@@ -95,12 +100,13 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, collec
             for state in states:
                 state.keep_outputs()
             states = [state for state in states if state.batch.n_outputs]
+            reduce = collective.reduce
         with weights.lease(Block("ffn", layer), phase) as w:
             for state in states:
                 partial = state.ffn(layer, w)
                 state.add_ffn(layer, w, reduce(partial))
 
-    for part in range(weights.n_output_parts):
+    for part in range(weights.n_output_parts if collective.rank == 0 else 0):
         with weights.lease(Block("output", part), phase) as w:
             for state in states:
                 state.output(w, part)
