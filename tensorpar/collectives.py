@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from edgert.errors import ClusterError
+from edgert.errors import ClusterError, PeerLost
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Tensor
 from tensorpar.frames import MAX_DATA_BYTES, BadFrame, Kind, Moment
@@ -24,6 +24,7 @@ from tensorpar.wire import WIRES, Floats, WireName
 Algorithm = Literal["star", "one-shot", "scatter"]
 # Ranks that send to each other at once send this much before they read: it always fits the sockets' buffers.
 _PIECE_BYTES = 2**16
+_OF_A_PASS = frozenset((Kind.PASS, Kind.PART, Kind.SUM))
 _PASS = struct.Struct("<IIII")  # start, tokens of the whole step, rows of logits, tokens of this batch
 
 
@@ -222,8 +223,13 @@ class Group:
 
     def _expect(self, link: Link, kind: Kind, n_bytes: int) -> None:
         """Drop what an abandoned pass left; then the frame that belongs here is next. Raises Abandoned, BadFrame."""
-        while (header := link.peek(MAX_DATA_BYTES)).moment < self._moment:
+        while (header := link.peek(MAX_DATA_BYTES)).kind in _OF_A_PASS and header.moment < self._moment:
             link.skip(MAX_DATA_BYTES)
+        if header.kind is Kind.FAULT:
+            fault = link.receive_message(Kind.FAULT)[1]
+            raise PeerLost(link.rank, str(fault.get("problem"))[:200])
+        if link.rank == 0 and header.kind not in _OF_A_PASS:
+            raise Abandoned("the leader has given this pass up")
         if header.moment != self._moment or header.kind is not kind:
             if link.rank == 0 and header.moment[:2] > self._moment[:2]:
                 raise Abandoned("the leader has given this pass up")

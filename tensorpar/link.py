@@ -26,10 +26,12 @@ _MAX_DEPTH = 32
 
 
 class Link:
-    """Frames to and from the device of `rank`. `check_alive` raises when that device is known to be gone."""
+    """Frames to and from the device of `rank`. `check_alive` raises when that device is known to be gone;
+    `interrupted` raises when nobody wants the next frame any more, and is asked between frames only."""
 
-    def __init__(self, sock: socket.socket, rank: int = 0, check_alive: Callable[[], None] = lambda: None) -> None:
-        self.rank, self.check_alive = rank, check_alive
+    def __init__(self, sock: socket.socket, rank: int = 0, check_alive: Callable[[], None] = lambda: None,
+                 interrupted: Callable[[], None] = lambda: None) -> None:
+        self.rank, self.check_alive, self._interrupted = rank, check_alive, interrupted
         self._socket = sock
         tune(sock)
         sock.settimeout(_LOOK_EVERY_S)
@@ -107,6 +109,8 @@ class Link:
                 n = self._socket.recv_into(into)
             except TimeoutError:
                 self._look(deadline_s)
+                if into is self._head:  # not a byte of the frame has come
+                    self._interrupted()
                 continue
             except OSError as error:
                 raise PeerLost(self.rank, f"the connection broke: {error.strerror or error}") from error

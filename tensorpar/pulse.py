@@ -24,7 +24,7 @@ class Pulse:
     """Whether the device of `rank` lives. `check` raises PeerLost when it does not."""
 
     def __init__(self, sock: socket.socket, rank: int) -> None:
-        self._socket, self._rank = sock, rank
+        self._socket, self.rank = sock, rank
         tune(sock)
         sock.settimeout(EVERY_S)
         self._seen_s = time.monotonic()
@@ -36,9 +36,9 @@ class Pulse:
     def check(self) -> None:
         silent_s = time.monotonic() - self._seen_s
         if self._lost:
-            raise PeerLost(self._rank, self._lost)
+            raise PeerLost(self.rank, self._lost)
         if silent_s > SILENT_AFTER_S:
-            raise PeerLost(self._rank, f"nothing was heard of it for {silent_s:.1f} s")
+            raise PeerLost(self.rank, f"nothing was heard of it for {silent_s:.1f} s")
 
     def _beat(self) -> None:
         raw, sent_s = b"", 0.0
@@ -53,7 +53,7 @@ class Pulse:
                 except TimeoutError:
                     continue
                 if not data:
-                    raise PeerLost(self._rank, "it ended")
+                    raise PeerLost(self.rank, "it ended")
                 raw += data
                 while len(raw) >= HEADER_BYTES:
                     if unpack(raw[:HEADER_BYTES], 0).kind is not Kind.PULSE:

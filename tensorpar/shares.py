@@ -46,6 +46,8 @@ class Cut:
     ffn_bytes: int
     leader_bytes: int
     replicated_bytes: int
+    stored_ffn_bytes: int
+    """All experts', where a token reads some."""
 
     @classmethod
     def of(cls, model: ModelFile, arch: Architecture) -> Cut:
@@ -63,8 +65,9 @@ class Cut:
             groups[kind] += info.n_bytes * (used if "_exps" in info.name else 1.0)
         if "output.weight" not in tensors:
             groups["leader"] += tensors["token_embd.weight"].n_bytes
+        stored = sum(info.n_bytes for info in tensors.values() if _kind(info.name) == "ffn")
         return cls(hp.n_heads, hp.n_kv_heads, block // math.gcd(block, hp.head_dim), ffn_size, ffn_unit,
-                   *(int(groups[kind]) for kind in ("attention", "ffn", "leader", "replicated")))
+                   *(int(groups[kind]) for kind in ("attention", "ffn", "leader", "replicated")), stored)
 
     @property
     def group_unit(self) -> int:
@@ -81,6 +84,18 @@ class Cut:
     @property
     def total_bytes(self) -> int:
         return self.attention_bytes + self.ffn_bytes + self.leader_bytes
+
+    def read_bytes(self, one: Shard) -> int:
+        """What a rank with this shard reads for each token."""
+        own = (self.attention_bytes * length(one.heads) // self.n_heads
+               + self.ffn_bytes * length(one.ffn) // self.ffn_size)
+        return own + (self.leader_bytes if one.leads else 0)
+
+    def stored_bytes(self, one: Shard) -> int:
+        """What a rank with this shard holds. The embedding table is a part of the replicated bytes."""
+        own = (self.attention_bytes * length(one.heads) // self.n_heads
+               + self.stored_ffn_bytes * length(one.ffn) // self.ffn_size)
+        return own + (self.leader_bytes + self.replicated_bytes if one.leads else 0)
 
 
 def _kind(name: str) -> str:

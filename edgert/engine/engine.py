@@ -7,6 +7,7 @@ sampling and no files.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,19 @@ class Engine:
 
     def _forward(self, states: Sequence[State]) -> None:
         forward(states, self.arch, self.weights, self.collective)
+
+    def plan(self) -> dict[str, Any]:
+        """How this model runs here, for people and for `--json`."""
+        return self.weights.plan()
+
+    def refresh(self) -> None:
+        """Called between two requests: what can change then, may. Tokens that were held may be gone after it."""
+
+    def become(self, other: Engine) -> None:
+        """Take over everything that `other` has opened. What this engine had is not closed."""
+        self.arch, self.weights, self.kv, self.backend = other.arch, other.weights, other.kv, other.backend
+        self.collective, self.batch_size = other.collective, other.batch_size
+        self._trace, self._graphs = other._trace, other._graphs
 
     def cancel(self) -> None:
         """Stop the running step between two operations. Later steps fail until `resume`."""
