@@ -42,9 +42,8 @@ from edgert.text.vocabulary_header import has_vocabulary
 from edgert.units import parse_bytes
 
 if TYPE_CHECKING:
-    from tensorpar.leader import ClusterOptions
-
     from edgert.text.constraint import Constraint, Constraints, JSONSchema
+    from tensorpar.leader import ClusterOptions
 
 _log = logging.getLogger(__name__)
 # Without --context: as much as the model was trained for, up to this. KV takes memory only as it fills.

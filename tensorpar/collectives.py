@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -95,7 +96,7 @@ class Group:
         """On the others: what the PASS frame that waits in the leader's link begins. Its hidden state stays there
         for `broadcast`. Raises BadFrame."""
         header = self._links[0].peek(MAX_DATA_BYTES)
-        if header.kind is not Kind.PASS or header.moment.index:
+        if header.kind is not Kind.PASS or header.moment.turn:
             raise BadFrame(f"{header.kind.name} came where a pass was to begin")
         self._moment = header.moment
         raw = memoryview(bytearray(_PASS.size))
@@ -113,10 +114,10 @@ class Group:
                 link.send(Kind.PASS, self._moment, frame)
         else:
             link = self._links[0]
-            if self._moment.index:  # of a step's first batch it was taken by `follow`
+            if self._moment.turn:  # of a step's first batch it was taken by `follow`
                 self._expect(link, Kind.PASS, _PASS.size + values.nbytes)
                 link.take_part(memoryview(bytearray(_PASS.size)))
-            link.take(memoryview(values).cast("B"))
+            link.take(values.data.cast("B"))
         self._advance()
 
     def all_reduce(self, partial: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class Group:
         return partial
 
     def _advance(self) -> None:
-        self._moment = self._moment._replace(index=self._moment.index + 1)
+        self._moment = self._moment._replace(turn=self._moment.turn + 1)
 
     # -- the three ways ----------------------------------------------------------------------------------------
     def _star(self, values: Floats) -> None:
@@ -176,7 +177,7 @@ class Group:
         """Each rank sums its own range of the values, and gives the sum to all."""
         wire = self._wire
         bounds = [len(values) * rank // self.world_size // 32 * 32 for rank in range(self.world_size)] + [len(values)]
-        ranges = [values[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+        ranges = [values[start:end] for start, end in pairwise(bounds)]
         own = ranges[self.rank]
         received = {rank: memoryview(bytearray(wire.n_bytes(len(own)))) for rank in self._links}
         self._swap(Kind.PART, {rank: wire.encode(ranges[rank]) for rank in self._links}, received)

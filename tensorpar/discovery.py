@@ -1,6 +1,6 @@
 """Finding devices over mDNS (`_edgert._tcp`, RFC 6762 and 6763): a hint where somebody may be, never who it is.
 
-Without the zeroconf package, or where multicast does not pass, nothing is found and addresses must be named.
+Where multicast does not pass, nothing is found and addresses must be named.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceListener, Zeroconf
+import ifaddr
 from zeroconf import Error as ZeroconfError
+from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceListener, Zeroconf
 
 SERVICE = "_edgert._tcp.local."
 Purpose = Literal["invite", "work"]
@@ -35,35 +36,47 @@ class Sighting:
     port: int
 
 
+def _open() -> Zeroconf | None:
+    """mDNS on every interface but loopback; None where there is none, or no multicast."""
+    interfaces: list[str | tuple[tuple[str, int, int], int] | int] = []
+    for adapter in ifaddr.get_adapters():
+        v4 = [ip.ip for ip in adapter.ips if isinstance(ip.ip, str) and not ip.ip.startswith("127.")]
+        has_v6 = any(not isinstance(ip.ip, str) and ip.ip[0] != "::1" for ip in adapter.ips)
+        interfaces += [*v4, *([adapter.index] if has_v6 and adapter.index is not None else [])]
+    if not interfaces:
+        return None
+    try:
+        return Zeroconf(interfaces, ip_version=IPVersion.All)
+    except (OSError, ZeroconfError) as error:
+        _log.info("mDNS is not available: %s", error)
+        return None
+
+
 @contextmanager
 def announced(purpose: Purpose, fingerprint: str, port: int) -> Iterator[None]:
     """Say that this device is here, until the block ends. Where that is not possible, it is logged and left."""
-    zeroconf, info = None, None
+    zeroconf = _open()
+    if zeroconf is None:
+        _log.warning("mDNS is not available: others must name this device's address")
+        yield
+        return
+    info = ServiceInfo(SERVICE, f"{purpose}-{fingerprint[:16]}.{SERVICE}", port=port, parsed_addresses=own_addresses(),
+                       server=f"edgert-{fingerprint[:16]}.local.",
+                       properties={"v": "1", "for": purpose, "fp": fingerprint[:16]})
     try:
-        zeroconf = Zeroconf(ip_version=IPVersion.All)
-        label = f"{purpose}-{fingerprint[:16]}"
-        info = ServiceInfo(SERVICE, f"{label}.{SERVICE}", port=port, parsed_addresses=own_addresses(),
-                           server=f"edgert-{fingerprint[:16]}.local.",
-                           properties={"v": "1", "for": purpose, "fp": fingerprint[:16]})
-        zeroconf.register_service(info, allow_name_change=True)
-    except (OSError, ZeroconfError) as error:
-        _log.warning("mDNS is not available (%s): others must name this device's address", error)
-    try:
+        with suppress(OSError, ZeroconfError):
+            zeroconf.register_service(info, allow_name_change=True)
         yield
     finally:
-        if zeroconf is not None:
-            with suppress(OSError, ZeroconfError):
-                if info is not None:
-                    zeroconf.unregister_service(info)
-            zeroconf.close()
+        with suppress(OSError, ZeroconfError):
+            zeroconf.unregister_service(info)
+        zeroconf.close()
 
 
 def browse(purpose: Purpose, within_s: float, fingerprints: frozenset[str] | None = None) -> list[Sighting]:
     """Who announces himself for this purpose; as soon as all of `fingerprints` (or, without them, one) are seen."""
-    try:
-        zeroconf = Zeroconf(ip_version=IPVersion.All)
-    except OSError as error:
-        _log.info("mDNS is not available: %s", error)
+    zeroconf = _open()
+    if zeroconf is None:
         return []
     listener = _Listener(purpose)
     try:
@@ -106,8 +119,6 @@ class _Listener(ServiceListener):
 
 def own_addresses() -> list[str]:
     """The addresses of this device's interfaces, loopback only where there is nothing else."""
-    import ifaddr
-
     found = [ip.ip if isinstance(ip.ip, str) else ip.ip[0] for adapter in ifaddr.get_adapters() for ip in adapter.ips]
     others = [one for one in found if one != "::1" and not one.startswith("127.")]
     return others or ["127.0.0.1"]

@@ -1,8 +1,8 @@
 """Frames on the wire: a fixed header, then as many bytes as it says, within a bound that the receiver sets.
 
-    magic "EDGT" | version | kind | 2 reserved | epoch | pass | index | length      24 bytes, little endian
+    magic "EDGT" | version | kind | 2 reserved | epoch | pass | turn | length      24 bytes, little endian
 
-Epoch, pass and index order all frames of a connection: what belongs to an abandoned pass is told apart. No pickle, no
+Epoch, pass and turn order all frames of a connection: what belongs to an abandoned pass is told apart. No pickle, no
 names, nothing that is not a number.
 """
 
@@ -57,7 +57,7 @@ class Moment(NamedTuple):
 
     epoch: int
     number: int = 0  # of the pass
-    index: int = 0  # within the pass
+    turn: int = 0  # within the pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def pack(kind: Kind, moment: Moment, n_bytes: int) -> bytes:
 
 def unpack(raw: bytes | memoryview, max_bytes: int) -> Header:
     """The header in 24 bytes. Raises BadFrame; nothing is allocated for what it claims."""
-    magic, version, kind, reserved, epoch, number, index, n_bytes = _LAYOUT.unpack(raw)
+    magic, version, kind, reserved, epoch, number, turn, n_bytes = _LAYOUT.unpack(raw)
     if magic != _MAGIC:
         raise BadFrame("the magic number is missing")
     if version != VERSION:
@@ -82,4 +82,4 @@ def unpack(raw: bytes | memoryview, max_bytes: int) -> Header:
         raise BadFrame(f"unknown kind {kind}")
     if n_bytes > max_bytes:
         raise BadFrame(f"{n_bytes} bytes announced, {max_bytes} are allowed")
-    return Header(Kind(kind), Moment(epoch, number, index), n_bytes)
+    return Header(Kind(kind), Moment(epoch, number, turn), n_bytes)

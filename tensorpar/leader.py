@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -28,7 +29,8 @@ from tensorpar.collectives import Algorithm, Group, Network, PassStart
 from tensorpar.members import Member, Membership
 from tensorpar.messages import Settings, Setup
 from tensorpar.peer import Peer
-from tensorpar.planner import Device, Prediction, predictions, reason
+from tensorpar.planner import Device, Prediction, predict, predictions, reason
+from tensorpar.plans import WORTH_KEEPING, Plans
 from tensorpar.profile import Profile
 from tensorpar.shares import Cut, Shard, merge
 from tensorpar.slice_cache import SliceCache
@@ -37,6 +39,8 @@ from tensorpar.wire import WireName
 
 Devices = Literal["auto", "all"] | int
 _DISCOVERY_S = 1.0
+# Looking for devices that are away takes up to some seconds: not before every answer of a conversation.
+_LOOK_AGAIN_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -66,29 +70,40 @@ class Workers:
         self.connected: list[Peer] = []
 
     def connect(self) -> list[str]:
-        """Dial every member that is not connected, all at once; why others are missing, a sentence each."""
+        """Dial every member that is not connected, all at once, where it was last and then where mDNS sees it; why
+        others are missing, a sentence each."""
         names = {one.member.name for one in self.connected}
         missing = [one for one in self._membership.members if one.name not in names]
-        if not missing:
-            return []
-        wanted = frozenset(one.fingerprint for one in missing)
-        sightings = discovery.browse("work", self._options.discovery_s, wanted) if self._options.discovery_s else []
-        problems: list[str] = []
-        with ThreadPoolExecutor(len(missing), "dial") as pool:
-            for found in pool.map(lambda member: self._dial(member, sightings), missing):
-                if isinstance(found, Peer):
-                    self.connected.append(found)
-                else:
-                    problems.append(found)
+        known = {one.name: [*self._options.peers, *([(one.host, one.port)] if one.host else [])] for one in missing}
+        problems = self._dial_all(missing, known)
+        missing = [one for one in missing if one.name in problems]
+        if missing and self._options.discovery_s:
+            wanted = frozenset(one.fingerprint for one in missing)
+            sightings = discovery.browse("work", self._options.discovery_s, wanted)
+            seen = {one.name: [(host, sighting.port) for sighting in sightings for host in sighting.hosts
+                               if one.fingerprint.startswith(sighting.fingerprint)] for one in missing}
+            again = [one for one in missing if seen[one.name]]
+            problems = {**{one.name: problems[one.name] for one in missing if one not in again},
+                        **self._dial_all(again, seen)}
+        return list(problems.values())
+
+    def _dial_all(self, members: Sequence[Member], addresses: Mapping[str, list[tuple[str, int]]]) -> dict[str, str]:
+        """Connect those who answer; by name, why others do not."""
+        problems: dict[str, str] = {}
+        if members:
+            with ThreadPoolExecutor(len(members), "dial") as pool:
+                for member, found in zip(members, pool.map(lambda one: self._dial(one, addresses[one.name]), members),
+                                         strict=True):
+                    if isinstance(found, Peer):
+                        self.connected.append(found)
+                    else:
+                        problems[member.name] = found
         return problems
 
-    def _dial(self, member: Member, sightings: Sequence[discovery.Sighting]) -> Peer | str:
-        seen = [(host, one.port) for one in sightings if member.fingerprint.startswith(one.fingerprint)
-                for host in one.hosts]
-        known = [(member.host, member.port)] if member.host else []
-        addresses = dict.fromkeys([*self._options.peers, *known, *seen])
+    def _dial(self, member: Member, addresses: Sequence[tuple[str, int]]) -> Peer | str:
         try:
-            return Peer.connect(member, self._membership.identity, secrets.token_hex(8), addresses, self._interrupted)
+            return Peer.connect(member, self._membership.identity, secrets.token_hex(8), dict.fromkeys(addresses),
+                                self._interrupted)
         except ClusterError as error:
             return f"{member.name} is left out: {error.message}"
 
@@ -112,6 +127,7 @@ class ClusterEngine(Engine):
             raise ClusterError("this device leads no cluster", "Begin with `edgert cluster init`.")
         self._file, self._whole, self._cut = file, arch, Cut.of(file, arch)
         self._options, self._settings, self._open_rank = options, settings, open_rank
+        self._plans = Plans(paths)
         self._cache, self._profile, self._name = SliceCache(paths), profile, membership.name
         self._workers = Workers(membership, options, self._stop_if_cancelled)
         self._ranks: list[Peer] = []  # of the running epoch, rank 1 first
@@ -126,6 +142,7 @@ class ClusterEngine(Engine):
         except BaseException:
             self._workers.close()
             raise
+        self._looked_s = time.monotonic()
 
     # -- the engine --------------------------------------------------------------------------------------------
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> NDArray[np.float32]:
@@ -153,9 +170,12 @@ class ClusterEngine(Engine):
 
     def refresh(self) -> None:
         """Between two requests: devices that are back, or new, are used from here on."""
-        absent = len(self._workers.connected)
+        n_before, now_s = len(self._workers.connected), time.monotonic()
+        if now_s - self._looked_s < _LOOK_AGAIN_S:
+            return
         self._workers.connect()
-        if len(self._workers.connected) > absent:
+        self._looked_s = time.monotonic()
+        if len(self._workers.connected) > n_before:
             self._plan_anew()
 
     def plan(self) -> dict[str, Any]:
@@ -203,6 +223,19 @@ class ClusterEngine(Engine):
         chosen = next(one for one in found if wanted is None or len(one.devices) == wanted)
         self._reason = reason(chosen, found)
         _log.info("%s", self._reason)
+        return self._as_before(chosen, devices) if len(chosen.devices) > 1 else chosen
+
+    def _as_before(self, chosen: Prediction, devices: Sequence[Device]) -> Prediction:
+        """The same devices with the parts that they had at an earlier start, if that is about as fast."""
+        by_name = {one.member.name: one.member.fingerprint for one in self._workers.connected}
+        key = Plans.key(self._file.fingerprint(), [by_name[name] for name in chosen.devices[1:]])
+        kept = self._plans.get(key, self._cut, len(chosen.devices))
+        if kept is not None:
+            own = [one for one in devices if one.name in chosen.devices]
+            before = predict(self._cut, self._whole.hp, own, kept, 4 * self._whole.hp.hidden_size)
+            if before.tokens_per_s >= WORTH_KEEPING * chosen.tokens_per_s:
+                return before
+        self._plans.put(key, chosen.shards)
         return chosen
 
     def _establish(self, peers: list[Peer], shards: tuple[Shard, ...], network: Network) -> None:

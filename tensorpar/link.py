@@ -124,12 +124,11 @@ class Link:
         if time.monotonic() > deadline_s:
             raise PeerLost(self.rank, "it did not answer in time")
 
-    def send_message(self, kind: Kind, message: dict[str, Any], moment: Moment = Moment(0),
-                     within_s: float = LONGEST_WAIT_S) -> None:
+    def send_message(self, kind: Kind, message: dict[str, Any], within_s: float = LONGEST_WAIT_S) -> None:
         """A control message: JSON, bounded."""
         raw = json.dumps(message).encode()
         assert len(raw) <= MAX_MESSAGE_BYTES
-        self.send(kind, moment, raw, within_s)
+        self.send(kind, Moment(0), raw, within_s)
 
     def receive_message(self, *kinds: Kind, within_s: float = LONGEST_WAIT_S) -> tuple[Header, dict[str, Any]]:
         """The next frame, one of `kinds`, with its JSON object. Raises BadFrame, PeerLost."""

@@ -72,7 +72,8 @@ class Membership:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ClusterError(f"{path} is damaged: {error}", f"Remove {directory} and pair the devices again.") from error
+            raise ClusterError(f"{path} is damaged: {error}",
+                               f"Remove {directory} and pair the devices again.") from error
 
     @property
     def identity(self) -> Identity:

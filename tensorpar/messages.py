@@ -1,4 +1,4 @@
-"""What leader and worker tell each other in JSON, checked field by field: types and bounds, nothing else is believed."""
+"""What leader and worker tell each other in JSON, each field checked for its type and its bounds."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ class Setup:
     def of_message(cls, raw: dict[str, Any]) -> Setup:
         """Raises BadFrame for anything that no leader of this version says."""
         settings, network = _object(raw, "settings"), _object(raw, "network")
-        world_size = _whole(raw, "world_size", 2, MAX_MEMBERS + 1)
-        key, kv_type, wire, algorithm = raw.get("slice_key"), settings.get("kv_type"), raw.get("wire"), raw.get("algorithm")
+        world_size = whole(raw, "world_size", 2, MAX_MEMBERS + 1)
+        key, kv_type = raw.get("slice_key"), settings.get("kv_type")
+        wire, algorithm = raw.get("wire"), raw.get("algorithm")
         try:
             is_key = isinstance(key, str) and len(bytes.fromhex(key)) == KEY_BYTES
         except ValueError:
@@ -61,9 +62,9 @@ class Setup:
                 or algorithm not in (None, *get_args(Algorithm)):
             raise BadFrame("a plan with impossible names")
         return cls(
-            _whole(raw, "epoch", 1, 2**31), _whole(raw, "rank", 1, world_size - 1), world_size, cast(str, key),
-            _whole(raw, "slice_bytes", 1, _MAX_SLICE_BYTES),
-            Settings(_whole(settings, "context_length", 1, MAX_CONTEXT), _whole(settings, "batch_size", 1, _MAX_BATCH),
+            whole(raw, "epoch", 1, 2**31), whole(raw, "rank", 1, world_size - 1), world_size, cast(str, key),
+            whole(raw, "slice_bytes", 1, _MAX_SLICE_BYTES),
+            Settings(whole(settings, "context_length", 1, MAX_CONTEXT), whole(settings, "batch_size", 1, _MAX_BATCH),
                      cast(KVType, kv_type)),
             Network(_number(network, "latency_s"), _number(network, "bytes_per_s"), network.get("is_mesh") is True),
             cast(WireName, wire), cast("Algorithm | None", algorithm))
@@ -77,12 +78,9 @@ def whole(raw: dict[str, Any], key: str, least: int, most: int) -> int:
     return value
 
 
-_whole = whole
-
-
 def _number(raw: dict[str, Any], key: str) -> float:
     value = raw.get(key)
-    if type(value) not in (int, float) or not 0 < value < 1e15:
+    if not isinstance(value, (int, float)) or not 0 < value < 1e15:
         raise BadFrame(f"{key} is not a positive number")
     return float(value)
 

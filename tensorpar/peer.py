@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import edgert
 from edgert.errors import ClusterError, EdgertError, PeerLost
+from edgert.version import VERSION
 from tensorpar.frames import MAX_DATA_BYTES, BadFrame, Kind, Moment
 from tensorpar.identity import Identity
 from tensorpar.link import Link
@@ -58,9 +58,9 @@ class Peer:
         try:
             link.send_message(Kind.HELLO, {"purpose": "work", "session": session}, within_s=_GREETING_S)
             _, hello = link.receive_message(Kind.READY, within_s=_GREETING_S)
-            if text(hello, "version", 20) != edgert.__version__:
+            if text(hello, "version", 20) != VERSION:
                 raise ClusterError(f"{member.name} has edgert {text(hello, 'version', 20)}, this is "
-                                   f"{edgert.__version__}", "Install the same version on both.")
+                                   f"{VERSION}", "Install the same version on both.")
             beat = identity.dial(host, port, member.certificate, _DIAL_S)
             Link(beat).send_message(Kind.HELLO, {"purpose": "pulse", "session": session}, within_s=_GREETING_S)
             peer = cls(member, link, Pulse(beat, 0), hello)

@@ -57,7 +57,7 @@ class Prediction:
 def predictions(cut: Cut, hp: Hyperparameters, devices: Sequence[Device],
                 wire_bytes: int | None = None) -> list[Prediction]:
     """One for every useful subset of the devices, of which the first leads; the fastest first."""
-    found = [_predict(cut, hp, subset, wire_bytes or 4 * hp.hidden_size)
+    found = [predict(cut, hp, subset, shard(cut, _weights(cut, subset)), wire_bytes or 4 * hp.hidden_size)
              for subset in _subsets(devices) if len(subset) <= cut.max_ranks]
     return sorted(found, key=lambda one: (-one.tokens_per_s, len(one.devices)))
 
@@ -72,8 +72,9 @@ def _subsets(devices: Sequence[Device]) -> Iterator[list[Device]]:
     yield from ([leader, *fastest[:n]] for n in range(len(fastest) + 1))
 
 
-def _predict(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], wire_bytes: int) -> Prediction:
-    shards = shard(cut, _weights(cut, devices))
+def predict(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Sequence[Shard],
+            wire_bytes: int) -> Prediction:
+    """What these devices would do with these shards."""
     slowest_s, missing = 0.0, 0
     for device, one in zip(devices, shards, strict=True):
         over = max(0, cut.stored_bytes(one) + _BESIDE_BYTES - device.profile.memory_bytes)
@@ -86,7 +87,7 @@ def _predict(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], wire_byte
     if len(devices) > 1:
         one_sum_s = seconds(choose(wire_bytes, len(devices), network), wire_bytes, len(devices), network)
         network_s = network.latency_s + 2 * hp.n_layers * (one_sum_s + SOFTWARE_S)
-    return Prediction(tuple(one.name for one in devices), shards, slowest_s, network_s, missing, network)
+    return Prediction(tuple(one.name for one in devices), tuple(shards), slowest_s, network_s, missing, network)
 
 
 def _weights(cut: Cut, devices: Sequence[Device]) -> list[float]:

@@ -6,6 +6,7 @@ at once. A thread per peer, which ends with `close`.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -68,9 +69,7 @@ class Pulse:
     def close(self) -> None:
         """End the heartbeats; the other side notices at once."""
         self._closed.set()
-        try:
+        with contextlib.suppress(OSError):  # the other side was first
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side was first
         self._thread.join(4 * EVERY_S)
         self._socket.close()

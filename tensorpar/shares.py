@@ -67,7 +67,8 @@ class Cut:
             groups["leader"] += tensors["token_embd.weight"].n_bytes
         stored = sum(info.n_bytes for info in tensors.values() if _kind(info.name) == "ffn")
         return cls(hp.n_heads, hp.n_kv_heads, block // math.gcd(block, hp.head_dim), ffn_size, ffn_unit,
-                   *(int(groups[kind]) for kind in ("attention", "ffn", "leader", "replicated")), stored)
+                   int(groups["attention"]), int(groups["ffn"]), int(groups["leader"]), int(groups["replicated"]),
+                   stored)
 
     @property
     def group_unit(self) -> int:
@@ -178,6 +179,18 @@ def _head_ranges(cut: Cut, weights: Sequence[float]) -> list[Range]:
             ranges.append((start, start + count * unit))
             start += count * unit
     return ranges
+
+
+def covers(cut: Cut, shards: Sequence[Shard]) -> bool:
+    """Whether the shards, each of whole units, compute every head and every part of the FFN exactly once."""
+    per_kv = cut.n_heads // cut.n_kv_heads
+    return (sorted(n for one in shards for n in numbers(one.heads)) == list(range(cut.n_heads))
+            and sorted(n for one in shards for n in numbers(one.ffn)) == list(range(cut.ffn_size))
+            and all(edge % cut.head_unit == 0 for one in shards for r in one.heads for edge in r)
+            and all(edge % cut.ffn_unit == 0 for one in shards for r in one.ffn for edge in r)
+            and all({head // per_kv for head in numbers(one.heads)} == set(numbers(one.kv_heads))
+                    and list(_pairs(one)) == [(head, head // per_kv) for head in numbers(one.heads)]
+                    for one in shards))
 
 
 def merge(shards: Sequence[Shard]) -> Shard | None:

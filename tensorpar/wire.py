@@ -34,7 +34,7 @@ class Wire:
 
 
 def _encode_f32(values: Floats) -> memoryview:
-    return memoryview(values).cast("B")
+    return values.data.cast("B")
 
 
 def _decode_f32(raw: memoryview, out: Floats) -> None:
@@ -42,7 +42,7 @@ def _decode_f32(raw: memoryview, out: Floats) -> None:
 
 
 def _encode_f16(values: Floats) -> memoryview:
-    return memoryview(np.clip(values, -_LARGEST_F16, _LARGEST_F16).astype(np.float16)).cast("B")
+    return np.clip(values, -_LARGEST_F16, _LARGEST_F16).astype(np.float16).data.cast("B")
 
 
 def _decode_f16(raw: memoryview, out: Floats) -> None:
@@ -60,7 +60,7 @@ def _encode_q8(values: Floats) -> memoryview:
     out = np.empty((n_blocks, _BLOCK_BYTES), np.uint8)
     out[:, :2] = scales.view(np.uint8).reshape(n_blocks, 2)
     out[:, 2:] = np.clip(np.rint(blocks / divisors[:, None]), -127, 127).astype(np.int8).view(np.uint8)
-    return memoryview(out).cast("B")
+    return out.data.cast("B")
 
 
 def _decode_q8(raw: memoryview, out: Floats) -> None:

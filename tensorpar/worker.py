@@ -12,9 +12,9 @@ import threading
 import time
 from typing import Any
 
-import edgert
 from edgert.errors import ClusterError
 from edgert.paths import Paths
+from edgert.version import VERSION
 from tensorpar.frames import BadFrame, Kind
 from tensorpar.link import Link
 from tensorpar.members import Membership
@@ -110,7 +110,7 @@ class Worker:
 
     def _work(self, link: Link, session_id: str, membership: Membership) -> None:
         """Run a session in this thread; one that is still there belongs to a leader that has gone, or asks twice."""
-        hello = {"version": edgert.__version__, "name": membership.name, "profile": self._profile.to_dict(),
+        hello = {"version": VERSION, "name": membership.name, "profile": self._profile.to_dict(),
                  "slices": self._cache.keys()}
         session = Session(link, self._cache, self._open_engine, hello)
         with self._lock:
@@ -129,7 +129,7 @@ class Worker:
         """What `edgert cluster status` shows of this device."""
         with self._lock:
             session, last_error = self._session, self._last_error
-        return {"version": edgert.__version__, "name": membership.name, "profile": self._profile.to_dict(),
+        return {"version": VERSION, "name": membership.name, "profile": self._profile.to_dict(),
                 "n_slices": len(self._cache.keys()), "time_s": time.time(), "last_error": last_error,
                 "session": None if session is None else session.status()}
 

@@ -67,6 +67,7 @@ def _add_up(own: argparse._SubParsersAction[Any]) -> None:
     up.add_argument("--threads", type=whole, metavar="N", help="threads that compute (default: physical cores)")
     up.add_argument("--port", type=whole, default=_PORT, help=f"where to listen ({_PORT})")
     up.add_argument("--cache", type=parse_bytes, metavar="SIZE", help="disk space for parts of models (64G)")
+    up.add_argument("--no-mdns", action="store_true", help="do not announce this device on the network")
     up.set_defaults(func=_up)
 
 
@@ -91,7 +92,8 @@ def _join(args: argparse.Namespace) -> int:
 def _up(args: argparse.Namespace) -> int:
     from apps.cluster.up import up
 
-    return up(args.port, memory_bytes=args.memory, n_threads=args.threads, cache_bytes=args.cache)
+    return up(args.port, memory_bytes=args.memory, n_threads=args.threads, cache_bytes=args.cache,
+              announces=not args.no_mdns)
 
 
 def _status(args: argparse.Namespace) -> int:

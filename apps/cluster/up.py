@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -24,7 +25,8 @@ from tensorpar.worker import Worker
 _log = logging.getLogger(__name__)
 
 
-def up(port: int, *, memory_bytes: int | None, n_threads: int | None, cache_bytes: int | None) -> int:
+def up(port: int, *, memory_bytes: int | None, n_threads: int | None, cache_bytes: int | None,
+       announces: bool = True) -> int:
     membership, paths = required("worker"), Paths.of_user()
     identity, n_cores = membership.identity, n_threads or usable_cores()
     load_libraries()
@@ -42,8 +44,9 @@ def up(port: int, *, memory_bytes: int | None, n_threads: int | None, cache_byte
 
         handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with discovery.announced("work", identity.fingerprint, server.getsockname()[1]):
-                print(f"{membership.name} works on port {server.getsockname()[1]}. Ctrl-C ends it.", flush=True)
+            bound = server.getsockname()[1]
+            with discovery.announced("work", identity.fingerprint, bound) if announces else nullcontext():
+                print(f"{membership.name} works on port {bound}. Ctrl-C ends it.", flush=True)
                 worker.serve()
         finally:
             for number, handler in handlers.items():
