@@ -4,6 +4,7 @@ pause."""
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ ALL = ClusterOptions("all", discovery_s=0)
 
 @pytest.fixture
 def model(tiny_model: TinyModel) -> Path:
-    return tiny_model("qwen2", n_heads=8, n_kv_heads=4, head_dim=32, n_layers=4)
+    # Without quantisation, the order in which parts are added moves no token.
+    return tiny_model("qwen2", quantisation="F32", n_heads=8, n_kv_heads=4, head_dim=32, n_layers=4)
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def test_an_answer_and_weights_that_are_sent_once(model: Path, tmp_path: Path, a
                 assert collective.n_broadcasts == n_passes
                 assert collective.n_all_reduces == n_passes * (2 * n_layers - 1)
                 assert collective.n_reduces == n_passes
-        assert not (made.leader_home / "cache" / "slices").joinpath("none").exists()
+        assert len(list((made.leader_home / "cache" / "slices").iterdir())) == 1
 
 
 def lose(worker: WorkerProcess, how: str) -> None:
@@ -176,7 +178,7 @@ def test_a_small_model_is_faster_alone_and_the_plan_says_so(model: Path, tmp_pat
 
 
 def test_a_worker_streams_within_its_own_budget(tiny_model: TinyModel, tmp_path: Path, at_home: AtHome) -> None:
-    model = tiny_model("llama", quantisation="F16", hidden_size=512, n_layers=8, ffn_size=4096, n_heads=8,
+    model = tiny_model("llama", quantisation="F32", hidden_size=512, n_layers=6, ffn_size=4096, n_heads=8,
                        n_kv_heads=4)
     expected = alone(model, 6)
     with cluster(tmp_path, 1, ("--memory", "120M")) as made:
@@ -185,3 +187,5 @@ def test_a_worker_streams_within_its_own_budget(tiny_model: TinyModel, tmp_path:
             generation = answer(runtime, 6)
             generation.result()
             assert generation.token_ids == expected
+        streamed = re.search(r"streamed_per_pass ([0-9.]+) MiB", made.workers[0].log())
+        assert streamed is not None and float(streamed[1]) > 1
