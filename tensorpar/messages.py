@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, cast, get_args
 
@@ -14,6 +15,7 @@ from tensorpar.slice_cache import KEY_BYTES
 from tensorpar.wire import WIRES, WireName
 
 _MAX_BATCH = 8192
+_KEY = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", re.ASCII)
 _MAX_SLICE_BYTES = 2**44
 
 
@@ -54,15 +56,11 @@ class Setup:
         world_size = whole(raw, "world_size", 2, MAX_MEMBERS + 1)
         key, kv_type = raw.get("slice_key"), settings.get("kv_type")
         wire, algorithm = raw.get("wire"), raw.get("algorithm")
-        try:
-            is_key = isinstance(key, str) and len(bytes.fromhex(key)) == KEY_BYTES
-        except ValueError:
-            is_key = False
-        if not is_key or kv_type not in get_args(KVType) or wire not in WIRES \
-                or algorithm not in (None, *get_args(Algorithm)):
+        known = (kv_type in get_args(KVType), wire in tuple(WIRES), algorithm in (None, *get_args(Algorithm)))
+        if not isinstance(key, str) or not _KEY.fullmatch(key) or not all(known):
             raise BadFrame("a plan with impossible names")
         return cls(
-            whole(raw, "epoch", 1, 2**31), whole(raw, "rank", 1, world_size - 1), world_size, cast(str, key),
+            whole(raw, "epoch", 1, 2**31), whole(raw, "rank", 1, world_size - 1), world_size, key,
             whole(raw, "slice_bytes", 1, _MAX_SLICE_BYTES),
             Settings(whole(settings, "context_length", 1, MAX_CONTEXT), whole(settings, "batch_size", 1, _MAX_BATCH),
                      cast(KVType, kv_type)),

@@ -94,7 +94,9 @@ def _weights(cut: Cut, devices: Sequence[Device]) -> list[float]:
     """Each device's part of the work: by speed, and no more than its memory holds while another has room."""
     rates = [one.profile.bytes_per_s for one in devices]
     total_bytes = cut.attention_bytes + cut.stored_ffn_bytes + cut.leader_bytes
-    caps = [max(one.profile.memory_bytes - _BESIDE_BYTES, 2**20) / total_bytes for one in devices]
+    beside = [_BESIDE_BYTES + (cut.replicated_bytes if rank == 0 else 0) for rank in range(len(devices))]
+    caps = [max(one.profile.memory_bytes - n_bytes, 2**20) / total_bytes
+            for one, n_bytes in zip(devices, beside, strict=True)]
     if sum(caps) <= 1:
         return caps  # everybody streams
     shares, fixed = [0.0] * len(devices), set[int]()
