@@ -141,8 +141,9 @@ def mutated(rng: random.Random) -> bytes:
             case 4:
                 rng.shuffle(frames)
             case 5:
-                frames.insert(rng.randrange(len(frames)), frame(rng.randrange(16), Moment(rng.randrange(3), rng.randrange(
-                    3), rng.randrange(3)), rng.randbytes(rng.choice((0, 1, 16, 64, 80, 300)))))
+                moment = Moment(rng.randrange(3), rng.randrange(3), rng.randrange(3))
+                payload = rng.randbytes(rng.choice((0, 1, 16, 64, 80, 300)))
+                frames.insert(rng.randrange(len(frames)), frame(rng.randrange(16), moment, payload))
             case 6:  # a lie in the plan
                 one[HEADER_BYTES:] = _lying_message(rng)
                 one[20:HEADER_BYTES] = (len(one) - HEADER_BYTES).to_bytes(4, "little")
@@ -158,7 +159,7 @@ def _lying_message(rng: random.Random) -> bytes:
     raw: dict[str, Any] = _SETUP.to_dict()
     where = rng.choice((raw, raw["settings"], raw["network"]))
     key = rng.choice(list(where))
-    lies = (None, True, -1, 0, 2**70, 1e308, float("nan"), "x" * 100, "00" * 31, [], {}, [[[[]]]], "f32", "../../etc")
+    lies: tuple[Any, ...] = (None, True, -1, 0, 2**70, 1e308, float("nan"), "x" * 100, "00" * 31, [], {}, [[[[]]]], "f32", "../../etc")
     where[key] = rng.choice(lies)
     if rng.random() < 0.3:
         del where[key]

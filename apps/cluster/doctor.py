@@ -16,6 +16,7 @@ from tensorpar.members import Member, Membership, parse_address
 from tensorpar.peer import ask_status
 
 _SEARCH_S, _DIAL_S = 3.0, 3.0
+_OWN = "0" * 16  # the fingerprint of an announcement that is only made to be heard
 # Certificates are valid from a day before they were made: a clock that is off by more refuses them.
 _MAX_CLOCK_S = 3600.0
 
@@ -44,11 +45,12 @@ def examine(membership: Membership, addresses: Sequence[tuple[str, int]]) -> Ite
     """Interfaces, multicast, then each device: address, port, certificate, version and clock."""
     own = [one for one in discovery.own_addresses() if not one.startswith(("127.", "fe80"))]
     yield Finding("interfaces", bool(own), ", ".join(own) or "only loopback", "Connect this device to a network.")
-    with discovery.announced("work", "0" * 16, 9):
-        heard = discovery.browse("work", _SEARCH_S, frozenset(["0" * 16]))
-    yield Finding("multicast", any(one.fingerprint == "0" * 16 for one in heard),
+    wanted = frozenset([_OWN, *(one.fingerprint for one in membership.members)])
+    with discovery.announced("work", _OWN, 9):
+        heard = discovery.browse("work", _SEARCH_S, wanted)
+    yield Finding("multicast here", any(one.fingerprint == _OWN for one in heard),
                   f"{len(heard)} announcements heard, this device's own included" if heard else "nothing heard",
-                  "A firewall or the network blocks mDNS (UDP 5353): allow it, or name addresses with --peer.")
+                  "A firewall on this device blocks mDNS: allow UDP port 5353, or name addresses with --peer.")
     if membership.role == "worker":
         yield Finding("role", True, "this device works; its leader dials it: run the doctor there too")
         return
@@ -58,6 +60,9 @@ def examine(membership: Membership, addresses: Sequence[tuple[str, int]]) -> Ite
         seen = [(host, one.port) for one in heard if member.fingerprint.startswith(one.fingerprint)
                 for host in one.hosts]
         known = [(member.host, member.port)] if member.host else []
+        yield Finding(f"{member.name}: mDNS", bool(seen), ", ".join(host for host, _ in seen) or "not heard",
+                      "If it runs without --no-mdns, the network keeps multicast (UDP 5353) back: allow it between "
+                      "these devices, or name its address with --peer.")
         yield from _examine_device(membership, member, list(dict.fromkeys([*addresses, *seen, *known])))
 
 

@@ -46,6 +46,11 @@ class Host:
         """Put before a command, it runs on this host."""
         return ["ip", "netns", "exec", self.namespace]
 
+    def keep_multicast_back(self) -> None:
+        """The switch passes no more multicast to this host, as some access points do."""
+        subprocess.run(["ip", "netns", "exec", self.switch, "bridge", "link", "set", "dev", self.port, "mcast_flood",
+                        "off"], check=True, capture_output=True)
+
     def cut(self) -> None:
         """Pull the cable."""
         _ip("-n", self.switch, "link", "set", self.port, "down")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edgert.architectures.base import Hyperparameters
 from edgert.architectures.registry import open_architecture
 from edgert.gguf.model_file import ModelFile
 from edgert.paths import Paths
@@ -23,7 +24,8 @@ LAPTOP = Device("laptop", Profile(20e9, 16 * GIB, 4))
 
 
 @pytest.fixture
-def hp(tiny_model: Callable[..., Path]):  # noqa: ANN201 - a Hyperparameters with a real model's layers
+def hp(tiny_model: Callable[..., Path]) -> Hyperparameters:
+    """Those of a model of 8 billion parameters, as far as they count."""
     tiny = open_architecture(ModelFile.open(tiny_model("llama"))).hp
     return replace(tiny, n_layers=32, hidden_size=4096)
 
@@ -44,7 +46,7 @@ def test_costs_grow_with_ranks_and_bytes(algorithm: Algorithm) -> None:
     assert seconds(algorithm, 1000, 4, network) > seconds(algorithm, 1000, 3, network)
 
 
-def test_near_devices_are_used_and_far_ones_are_not(hp) -> None:  # noqa: ANN001
+def test_near_devices_are_used_and_far_ones_are_not(hp: Hyperparameters) -> None:
     near = [Device(f"near{n}", Profile(20e9, 16 * GIB, 4), 1e-4, 1e9) for n in range(3)]
     found = predictions(CUT, hp, [LAPTOP, *near])
     assert found[0].devices == ("laptop", "near0", "near1", "near2") and len(found) == 8
@@ -55,14 +57,14 @@ def test_near_devices_are_used_and_far_ones_are_not(hp) -> None:  # noqa: ANN001
     assert "this device alone" in reason(alone[0], alone) and "ms on the network" in reason(alone[0], alone)
 
 
-def test_a_model_that_no_device_holds_is_worth_a_slow_network(hp) -> None:  # noqa: ANN001
+def test_a_model_that_no_device_holds_is_worth_a_slow_network(hp: Hyperparameters) -> None:
     small = [Device(name, Profile(20e9, 2 * GIB + 300 * 2**20, 4), 5e-3, 1e9) for name in ("a", "b", "c")]
     small[0] = replace(small[0], latency_s=0.0)
     best = predictions(CUT, hp, small)[0]
     assert len(best.devices) > 1 and best.missing_bytes == 0
 
 
-def test_a_faster_device_gets_more_and_a_full_one_no_more_than_it_holds(hp) -> None:  # noqa: ANN001
+def test_a_faster_device_gets_more_and_a_full_one_no_more_than_it_holds(hp: Hyperparameters) -> None:
     fast, tiny = Device("fast", Profile(60e9, 16 * GIB, 8), 1e-4, 1e9), Device("tiny", Profile(60e9, GIB, 8), 1e-4, 1e9)
     three = next(one for one in predictions(CUT, hp, [LAPTOP, fast, tiny]) if len(one.devices) == 3)
     assert covers(CUT, three.shards)
