@@ -159,7 +159,8 @@ def _lying_message(rng: random.Random) -> bytes:
     raw: dict[str, Any] = _SETUP.to_dict()
     where = rng.choice((raw, raw["settings"], raw["network"]))
     key = rng.choice(list(where))
-    lies: tuple[Any, ...] = (None, True, -1, 0, 2**70, 1e308, float("nan"), "x" * 100, "00" * 31, [], {}, [[[[]]]], "f32", "../../etc")
+    lies: tuple[Any, ...] = (None, True, -1, 0, 2**70, 1e308, float("nan"), "x" * 100, "00" * 31, [], {}, [[[[]]]],
+                             "f32", "../../etc")
     where[key] = rng.choice(lies)
     if rng.random() < 0.3:
         del where[key]

@@ -18,6 +18,8 @@ from tensorpar.link import tune
 EVERY_S = 0.5
 # Wi-Fi that saves power holds packets back for 0.3 s; this leaves room for several and stays under 3 s.
 SILENT_AFTER_S = 2.5
+# When this device itself has not run for so long (it was suspended, or stopped), the silence says nothing about others.
+_ASLEEP_AFTER_S = 1.5
 _FRAME = pack(Kind.PULSE, Moment(0), 0)
 
 
@@ -28,17 +30,18 @@ class Pulse:
         self._socket, self.rank = sock, rank
         tune(sock)
         sock.settimeout(EVERY_S)
-        self._seen_s = time.monotonic()
+        self._seen_s = self._awake_s = time.monotonic()
         self._lost = ""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"pulse {rank}", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        silent_s = time.monotonic() - self._seen_s
+        now_s = time.monotonic()
+        silent_s = now_s - self._seen_s
         if self._lost:
             raise PeerLost(self.rank, self._lost)
-        if silent_s > SILENT_AFTER_S:
+        if silent_s > SILENT_AFTER_S and now_s - self._awake_s < _ASLEEP_AFTER_S:
             raise PeerLost(self.rank, f"nothing was heard of it for {silent_s:.1f} s")
 
     def _beat(self) -> None:
@@ -46,6 +49,9 @@ class Pulse:
         try:
             while not self._closed.is_set():
                 now_s = time.monotonic()
+                if now_s - self._awake_s > _ASLEEP_AFTER_S:
+                    self._seen_s = now_s
+                self._awake_s = now_s
                 if now_s - sent_s >= EVERY_S:
                     self._socket.sendall(_FRAME)
                     sent_s = now_s
