@@ -19,7 +19,6 @@ import signal
 import socket
 import ssl
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,18 +28,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from cluster_processes import TestCluster, WorkerProcess, cluster
+from delay_relay import join, relay
 from numpy.typing import NDArray
 
-sys.path += [str(Path(__file__).parents[1] / "tests" / "tensorpar"), str(Path(__file__).parent)]
-
-from cluster_processes import TestCluster, cluster  # noqa: E402
-from delay_relay import join, relay  # noqa: E402
-
-from edgert.runtime import Runtime  # noqa: E402
-from tensorpar.collectives import Algorithm, Group, Network, seconds  # noqa: E402
-from tensorpar.identity import Identity  # noqa: E402
-from tensorpar.leader import ClusterEngine, ClusterOptions  # noqa: E402
-from tensorpar.link import Link  # noqa: E402
+from edgert.runtime import Runtime
+from tensorpar.collectives import Algorithm, Group, Network, seconds
+from tensorpar.identity import Identity
+from tensorpar.leader import ClusterEngine, ClusterOptions
+from tensorpar.link import Link
 
 _HIDDEN, _N_SUMS, _DELAYS_MS = 4096, 200, (0.0, 0.5, 1.0, 5.0)
 _PROMPT = list(range(100, 164))
@@ -234,17 +230,21 @@ def near_limit(args: argparse.Namespace) -> None:
         with _cluster(n_ranks - 1) as made, ExitStack() as relays:
             ports = [relays.enter_context(relay("127.0.0.1", one.port, delay_s)) for one in made.workers]
             _redirect(made, ports)
-            for algorithm in ("star", "one-shot") if n_ranks == 2 else ("star",):
-                options = ClusterOptions("all", discovery_s=0, algorithm=cast(Algorithm, algorithm))
+            algorithms: tuple[Algorithm, ...] = ("star", "one-shot") if n_ranks == 2 else ("star",)
+            for algorithm in algorithms:
+                options = ClusterOptions("all", discovery_s=0, algorithm=algorithm)
                 with _load(args.model, options) as runtime:
                     engine = cast(ClusterEngine, runtime.engine)
                     waited = [peer.link.waited_s for peer in engine._ranks]
                     measured_ms = _decode_ms(runtime, 32)
+                    if len(engine._ranks) != n_ranks - 1:
+                        print(f"N={n_ranks}: a worker was lost meanwhile")
+                        continue
                     waited_ms = [(peer.link.waited_s - before) / 33 * 1000
                                  for peer, before in zip(engine._ranks, waited, strict=True)]
                     hp = engine.arch.hp
                     network = Network(delay_s, 1e9, n_ranks == 2)
-                    sums_ms = 2 * hp.n_layers * 1000 * seconds(cast(Algorithm, algorithm), 4 * hp.hidden_size, n_ranks,
+                    sums_ms = 2 * hp.n_layers * 1000 * seconds(algorithm, 4 * hp.hidden_size, n_ranks,
                                                                network)
                     print(f"N={n_ranks} {algorithm:<8} {measured_ms:7.2f} ms a token; 2L sums {sums_ms:7.2f} ms by "
                           f"formula, waited {sum(waited_ms):7.2f} ms; the rest is compute", flush=True)
@@ -305,8 +305,7 @@ def survives(args: argparse.Namespace) -> None:
             for _ in range(args.runs):
                 victim, moment = rng.choice(made.workers), rng.randrange(0, 40)
                 with _load(args.model, ClusterOptions("all", discovery_s=0)) as runtime:
-                    got, pause_s = _answer(runtime, lambda n, victim=victim, moment=moment, number=number:
-                                           victim.signal(number) if n == moment else None)
+                    got, pause_s = _answer(runtime, _lose_at(moment, victim, number))
                 n_equal += got == expected
                 pauses.append(pause_s)
                 victim.kill()
@@ -314,6 +313,10 @@ def survives(args: argparse.Namespace) -> None:
             print(f"{how}: {args.runs} answers finished, {n_equal} with the tokens of one device alone; longest pause "
                   f"median {statistics.median(pauses):.2f} s, worst {max(pauses):.2f} s (goal 5 s and the prefill)",
                   flush=True)
+
+
+def _lose_at(moment: int, victim: WorkerProcess, number: int) -> Callable[[int], None]:
+    return lambda n_tokens: victim.signal(number) if n_tokens == moment else None
 
 
 def _answer(runtime: Runtime, at: Callable[[int], None]) -> tuple[list[int], float]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgert.architectures.base import Architecture, Block
 from edgert.engine.batch import split
-from edgert.engine.blockwise import BlockwiseGraphs
+from edgert.engine.blockwise import PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Collective, Solo
 from edgert.engine.fused import FusedGraphs, State
 from edgert.engine.kv_cache import DenseKVCache
@@ -35,6 +35,8 @@ class Engine:
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
         self._graphs = FusedGraphs(backend, arch, kv) if whole else graphs or BlockwiseGraphs(backend, arch, kv)
+        if self.collective.world_size > 1 and isinstance(self._graphs, BlockwiseGraphs):
+            self._graphs.part_tokens = PART_TOKENS[-1]  # every rank cuts alike, whatever memory it has
 
     @property
     def compute_bytes(self) -> int:

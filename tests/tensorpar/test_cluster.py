@@ -13,12 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_processes import DEADLINE_S, WorkerProcess, cluster
 
+from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, cluster
 from edgert.generation import Generation
 from edgert.runtime import Runtime
 from edgert.text.sampler import SamplingParams
 from tensorpar.leader import ClusterEngine, ClusterOptions
+from tensorpar.profile import Profile
 
 TinyModel = Callable[..., Path]
 AtHome = Callable[[Path], None]
@@ -177,7 +178,10 @@ def test_a_small_model_is_faster_alone_and_the_plan_says_so(model: Path, tmp_pat
             assert "this device alone" in plan["reason"] and "worker1" in plan["reason"]
 
 
-def test_a_worker_streams_within_its_own_budget(tiny_model: TinyModel, tmp_path: Path, at_home: AtHome) -> None:
+def test_a_worker_streams_within_its_own_budget(tiny_model: TinyModel, tmp_path: Path, at_home: AtHome,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    # A leader with room would take it all; with as little as the worker has, each gets a half.
+    monkeypatch.setattr("tensorpar.profile.measure", lambda n_threads, _: Profile(1e9, 2**20, n_threads))
     model = tiny_model("llama", quantisation="F32", hidden_size=512, n_layers=6, ffn_size=4096, n_heads=8,
                        n_kv_heads=4)
     expected = alone(model, 6)

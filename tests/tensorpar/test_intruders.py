@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cluster_processes import DEADLINE_S, TestCluster, WorkerProcess, cluster, pair
 
 from apps.cli.main import main
+from benchmarks.cluster_processes import DEADLINE_S, TestCluster, WorkerProcess, cluster, pair
 from edgert.errors import ClusterError
 from edgert.runtime import Runtime
 from edgert.text.sampler import SamplingParams

@@ -12,8 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from cluster_processes import paths_under
 
+from benchmarks.cluster_processes import paths_under
 from edgert.errors import ClusterError
 from tensorpar import identity
 from tensorpar.identity import Identity

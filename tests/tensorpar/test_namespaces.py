@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster_processes import DEADLINE_S, WorkerProcess, pair
 from namespaces import Family, Host, hosts, problem
+
+from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, pair
 
 _START = "import sys; from apps.cli.main import main; sys.exit(main())"
 
