@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgert.version import VERSION
+
 if TYPE_CHECKING:
     from edgert.runtime import Runtime
     from edgert.text.sampler import SamplingParams
 
 __all__ = ["Runtime", "SamplingParams"]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:

@@ -156,6 +156,21 @@ class ComputeError(EdgertError):
     exit_code = 11
 
 
+class ClusterError(EdgertError):
+    """The devices do not work together: not paired, not reachable, of another version, or lost."""
+
+    exit_code = 12
+
+
+class PeerLost(ClusterError):
+    """The device of `rank` went away or fell silent during a step; what it was to add is missing."""
+
+    def __init__(self, rank: int, why: str) -> None:
+        super().__init__(f"device {rank} was lost: {why}", "Start `edgert cluster up` on it again.")
+        self.rank = rank
+        self.why = why
+
+
 class Interrupted(EdgertError):
     """The user pressed Ctrl-C before there was anything to keep."""
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,6 +20,7 @@ from edgert.architectures.base import MAX_CONTEXT, Architecture
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
 from edgert.engine.blockwise import BlockwiseGraphs
+from edgert.engine.collective import Collective
 from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache, KVType, kv_bytes_per_token
 from edgert.engine.layouts import LayoutChoice, choose_layouts
@@ -43,6 +44,7 @@ from edgert.units import parse_bytes
 
 if TYPE_CHECKING:
     from edgert.text.constraint import Constraint, Constraints, JSONSchema
+    from tensorpar.leader import ClusterOptions
 
 _log = logging.getLogger(__name__)
 # Without --context: as much as the model was trained for, up to this. KV takes memory only as it fills.
@@ -75,7 +77,7 @@ class Runtime:
     def load(cls, model: str | Path, *, memory: str | int | None = None, context: int | None = None,
              threads: int | None = None, batch: int = 512, kv_type: KVType = "f16",
              layout: LayoutChoice = "auto", models_dirs: Sequence[Path] = (), trace: Path | None = None,
-             speculate: Speculate = "auto") -> Self:
+             speculate: Speculate = "auto", cluster: ClusterOptions | None = None) -> Self:
         """Open a model: a path, a name that `edgert list` shows, or `user/repo:quant`.
 
         `memory` (bytes, or a text such as "600M") is a budget for the whole process; weights that it does not hold
@@ -84,7 +86,8 @@ class Runtime:
         of the matrices that compute faster so, the KV cache as it fills, and the compute buffer.
         `speculate` "auto" guesses tokens from the text before where weights stream, so that a pass gives several: they
         are those that the sampler chooses from the pass's logits, which batches of other sizes round otherwise. "on"
-        does so for resident weights too.
+        does so for resident weights too. With `cluster`, the paired devices compute too, and what is said about memory
+        is about this one.
         Raises ModelNotFound, ModelFileError, OutOfMemory (BudgetTooSmall), UsageError, NativeLibraryError.
         """
         paths, tracer = Paths.of_user(), Trace(trace) if trace else OFF
@@ -99,7 +102,8 @@ class Runtime:
             if options.memory_bytes is not None:
                 vocabulary.result()  # a budget must know what it takes
             with tracer.span("weights", "load"):
-                engine = open_engine(file, paths, options, tracer)
+                engine = (open_engine(file, paths, options, tracer) if cluster is None
+                          else _open_cluster(file, paths, options, cluster, tracer))
             try:
                 tokenizer = vocabulary.result()
                 _check_vocabulary(file, tokenizer, engine.arch)
@@ -195,7 +199,9 @@ class Runtime:
 
     def _reuse_prefix(self, prompt_ids: list[int]) -> None:
         """Keep the KV of the tokens that the prompt begins with; at least its last token is computed again."""
+        self.engine.refresh()
         held = self._kv_token_ids
+        del held[self.engine.kv.length:]
         n_common = next((i for i, (a, b) in enumerate(zip(held, prompt_ids, strict=False)) if a != b),
                         min(len(held), len(prompt_ids)))
         n_kept = min(n_common, len(prompt_ids) - 1)
@@ -212,7 +218,7 @@ class Runtime:
 
     def plan(self) -> dict[str, Any]:
         """How this model runs here."""
-        return {**self.engine.weights.plan(), "threads": self.engine.backend.n_threads,
+        return {**self.engine.plan(), "threads": self.engine.backend.n_threads,
                 "batch": self.engine.batch_size, "context_length": self.context_length}
 
     def close(self) -> None:
@@ -265,8 +271,26 @@ class EngineOptions:
         return self.speculate != "off" and arch.hp.n_experts == 0
 
 
-def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Trace = OFF) -> Engine:
-    """The engine for a file: resident where everything fits, streaming where it does not."""
+def _open_cluster(file: ModelFile, paths: Paths, options: EngineOptions, cluster: ClusterOptions,
+                  trace: Trace) -> Engine:
+    """The engine of the device that leads a cluster."""
+    from tensorpar.leader import ClusterEngine
+    from tensorpar.messages import Settings
+    from tensorpar.profile import measure
+
+    arch = open_architecture(file)
+    context_length = _context_length(arch, options)
+    options = replace(options, context=context_length)
+    return ClusterEngine(
+        file, arch, paths, measure(options.n_threads, options.memory_bytes),
+        Settings(context_length, options.batch_size, options.kv_type),
+        lambda part, collective: open_engine(part, paths, options, trace, collective), cluster)
+
+
+def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Trace = OFF,
+                collective: Collective | None = None) -> Engine:
+    """The engine for a file: resident where everything fits, streaming where it does not. With `collective`, one rank
+    of a cluster, over the slice that the file is."""
     arch = open_architecture(file)
     batch_size, context_length = options.batch_size, _context_length(arch, options)
     if not 1 <= batch_size <= _MAX_BATCH:
@@ -278,13 +302,13 @@ def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Tr
         opened.callback(backend.close)
         kv = DenseKVCache(backend, arch.hp, context_length, options.kv_type)
         opened.callback(kv.close)
-        engine = _compose(file, arch, backend, kv, paths, options, trace)
+        engine = _compose(file, arch, backend, kv, paths, options, trace, collective)
         opened.pop_all()
     return engine
 
 
 def _compose(file: ModelFile, arch: Architecture, backend: Backend, kv: DenseKVCache, paths: Paths,
-             options: EngineOptions, trace: Trace) -> Engine:
+             options: EngineOptions, trace: Trace, collective: Collective | None) -> Engine:
     budget_bytes, batch_size, probe = options.memory_bytes, options.batch_size, MemoryProbe()
     needed_bytes = file.file_bytes + kv.size_bytes + _RESIDENT_OVERHEAD_BYTES
     left_bytes = probe.process_bytes() + int(probe.available_bytes() * _SHARE_OF_AVAILABLE)
@@ -299,13 +323,15 @@ def _compose(file: ModelFile, arch: Architecture, backend: Backend, kv: DenseKVC
         except BaseException:
             graphs.close()
             raise
-        return Engine(arch, weights, kv, backend, batch_size=batch_size, graphs=graphs, trace=trace)
+        return Engine(arch, weights, kv, backend, collective=collective, batch_size=batch_size, graphs=graphs,
+                      trace=trace)
     # Within a budget weights are as the file holds them, resident or streamed: the budget never changes an answer.
     layout = "plain" if budget_bytes is not None and options.layout == "auto" else options.layout
     matrices = frozenset(t.type.id for t in file.tensors.values() if len(t.shape) > 1)
     layouts = choose_layouts(layout, backend, matrices, paths.cache / "layouts.json")
     _log.info("repacked tensor types: %s", {phase: sorted(types) for phase, types in layouts.repacked.items()})
-    return Engine(arch, ResidentWeights(backend, file, arch, layouts), kv, backend, batch_size=batch_size, trace=trace)
+    return Engine(arch, ResidentWeights(backend, file, arch, layouts), kv, backend, collective=collective,
+                  batch_size=batch_size, trace=trace)
 
 
 def _context_length(arch: Architecture, options: EngineOptions) -> int:

@@ -18,6 +18,7 @@ from edgert.units import parse_bytes
 if TYPE_CHECKING:
     from edgert.runtime import Runtime
     from edgert.speculation import Speculate
+    from tensorpar.leader import ClusterOptions
 
 _TOKENS = re.compile(r"(\d{1,12})(k?)", re.IGNORECASE | re.ASCII)
 _MAX_WHOLE = 2**31 - 1
@@ -127,6 +128,32 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                        help="a directory with GGUF files; may be given several times")
 
 
+def add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    """Whether other devices compute too."""
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--cluster", action="store_true", help="use the paired devices where that is faster")
+    group.add_argument("--devices", type=_devices, default="auto", metavar="N",
+                       help="use so many, or `all` who are there (default: auto, the fastest)")
+    group.add_argument("--peer", action="append", default=[], metavar="HOST:PORT",
+                       help="where a paired device is, if it is not found; may be given several times")
+    group.add_argument("--wire", choices=("f32", "f16", "q8"), default="f32",
+                       help="how partial results travel; shorter is faster on a slow network (f32)")
+
+
+def _devices(text: str) -> int | str:
+    return text if text in ("auto", "all") else whole(text)
+
+
+def cluster_options(args: argparse.Namespace) -> ClusterOptions | None:
+    """What `add_cluster_options` asked for; None without --cluster."""
+    if not getattr(args, "cluster", False):
+        return None
+    from tensorpar.leader import ClusterOptions
+    from tensorpar.members import parse_address
+
+    return ClusterOptions(args.devices, tuple(map(parse_address, args.peer)), args.wire)
+
+
 def open_runtime(args: argparse.Namespace, context: int | None, trace: Path | None = None,
                  speculate: Speculate = "auto") -> Runtime:
     """The Runtime that `add_model_options` asked for. Raises what Runtime.load raises."""
@@ -134,4 +161,4 @@ def open_runtime(args: argparse.Namespace, context: int | None, trace: Path | No
 
     return Runtime.load(args.model, memory=args.memory, context=context, threads=args.threads, batch=args.batch,
                         kv_type=args.kv_type, layout=args.layout, models_dirs=args.models_dir, trace=trace,
-                        speculate=speculate)
+                        speculate=speculate, cluster=cluster_options(args))

@@ -19,6 +19,7 @@ from apps.cli import models, run
 from apps.cli.arguments import Parser, add_common_options
 from apps.cli.interrupts import Terminated, exit_status
 from apps.cli.messages import complain, logging_to_stderr
+from apps.cluster import command as cluster
 from edgert.errors import EdgertError, Interrupted, UsageError
 
 _SIGPIPE, _SIGTERM = 13, 15  # not every platform names them
@@ -35,7 +36,7 @@ exit status:
   3  model not found           10  invalid grammar or JSON schema
   4  model file not usable     11  the computation failed
   5  not enough memory        130  interrupted by Ctrl-C (143: by SIGTERM)
-  6  context too short
+  6  context too short          12  devices do not work together
 
 `edgert COMMAND --help` says more.
 """
@@ -100,7 +101,7 @@ def build_parser() -> Parser:
     run.add_subcommand(subparsers)
     models.add_subcommands(subparsers)
     bench.add_subcommand(subparsers)
-    for subparser in subparsers.choices.values():
+    for subparser in (*subparsers.choices.values(), *cluster.add_subcommands(subparsers)):
         add_common_options(subparser)
     return parser
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apps.cli.arguments import add_model_options, open_runtime, token_count, whole
+from apps.cli.arguments import add_cluster_options, add_model_options, open_runtime, token_count, whole
 
 if TYPE_CHECKING:
     from apps.cli.interrupts import Interrupts
@@ -43,6 +43,7 @@ def add_subcommand(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     group.add_argument("--context", type=token_count, metavar="N",
                        help="tokens of prompt and answer together: 8192 or 8k (default: the model's, at most 8k)")
+    add_cluster_options(parser)
     _add_answer_options(parser)
     parser.set_defaults(func=run)
 

@@ -12,6 +12,7 @@ from typing import final
 from edgert.architectures import layers
 from edgert.architectures.base import (
     MAX_CONTEXT,
+    MAX_HEADS,
     Architecture,
     Block,
     StepInputs,
@@ -40,8 +41,10 @@ class Gemma3(Architecture):
         self.hp = replace(hp, window=window, window_layers=windowed)
         local_base = read_frequency_base(model, "{arch}.rope.freq_base_swa", 10000.0)
         self._local_rope = replace(hp.rope, freq_base=local_base, freq_scale=1.0)
-        # The 27B model divides by the width that its heads would have if they shared the hidden state out.
-        self._q_scale = inverse_sqrt(hp.hidden_size // hp.n_heads if hp.n_layers == _N_LAYERS_27B else hp.head_dim)
+        # The 27B model divides by the width that its heads would have if they shared the hidden state out. (A rank of
+        # a cluster has some of the heads, and a file that says how many there are in all.)
+        n_heads = model.get_int("edgert.shard.whole_head_count", hp.n_heads, minimum=1, maximum=MAX_HEADS)
+        self._q_scale = inverse_sqrt(hp.hidden_size // n_heads if hp.n_layers == _N_LAYERS_27B else hp.head_dim)
         self._softcap = model.get_float("{arch}.final_logit_softcapping", 0.0)
         if not 0 <= self._softcap <= _MAX_SOFTCAP:
             raise ModelFileError(str(model.path), f"final_logit_softcapping is {self._softcap}, which is impossible")

@@ -263,6 +263,10 @@ class BlockState:
         self._choice: Choice | None = None
         self._carried_layer = -1
 
+    @property
+    def hidden(self) -> Tensor:
+        return self._x
+
     def embed(self, w: Weights, rows: NDArray[np.int32]) -> None:
         scratch = self._scratch
         if not self._graphs.only_measures:

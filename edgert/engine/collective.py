@@ -2,7 +2,8 @@
 
 Contract: `all_reduce(partial)` gives the sum over all ranks, added in rank order, so that every rank holds the same
 bits. It blocks until the sum is there or a deadline passes, and then raises a typed error. Every rank calls it the
-same number of times in the same order.
+same number of times in the same order. `broadcast` fills every rank's tensor with rank 0's, `reduce` gives the sum to
+rank 0 alone: a pass begins with one and ends with the other.
 """
 
 from __future__ import annotations
@@ -16,8 +17,16 @@ class Collective(Protocol):
     world_size: int
     rank: int
 
+    def broadcast(self, hidden: Tensor) -> None:
+        """Rank 0's values, on every rank."""
+        ...
+
     def all_reduce(self, partial: Tensor) -> Tensor:
         """The sum of every rank's `partial`, which may be overwritten."""
+        ...
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """The same on rank 0; on others something of the same shape."""
         ...
 
 
@@ -27,5 +36,11 @@ class Solo:
     world_size = 1
     rank = 0
 
+    def broadcast(self, hidden: Tensor) -> None:
+        """Nobody else is there."""
+
     def all_reduce(self, partial: Tensor) -> Tensor:
+        return partial
+
+    def reduce(self, partial: Tensor) -> Tensor:
         return partial

@@ -7,6 +7,7 @@ sampling and no files.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from edgert.architectures.base import Architecture, Block, Weights
 from edgert.engine.account import Account, Laps
 from edgert.engine.batch import Batch, split
-from edgert.engine.blockwise import BlockwiseGraphs
+from edgert.engine.blockwise import PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Collective, Solo
 from edgert.engine.fused import FusedGraphs, State
 from edgert.engine.kv_cache import DenseKVCache
@@ -36,6 +37,8 @@ class Engine:
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
         self._graphs = FusedGraphs(backend, arch, kv) if whole else graphs or BlockwiseGraphs(backend, arch, kv)
+        if self.collective.world_size > 1 and isinstance(self._graphs, BlockwiseGraphs):
+            self._graphs.part_tokens = PART_TOKENS[-1]  # every rank cuts alike, whatever memory it has
 
     @property
     def compute_bytes(self) -> int:
@@ -75,6 +78,19 @@ class Engine:
     def _forward(self, states: Sequence[State]) -> None:
         forward(states, self.arch, self.weights, self.collective)
 
+    def plan(self) -> dict[str, Any]:
+        """How this model runs here, for people and for `--json`."""
+        return self.weights.plan()
+
+    def refresh(self) -> None:
+        """Called between two requests: what can change then, may. Tokens that were held may be gone after it."""
+
+    def become(self, other: Engine) -> None:
+        """Take over everything that `other` has opened. What this engine had is not closed."""
+        self.arch, self.weights, self.kv, self.backend = other.arch, other.weights, other.kv, other.backend
+        self.collective, self.batch_size = other.collective, other.batch_size
+        self._trace, self._graphs, self._laps = other._trace, other._graphs, other._laps
+
     def cancel(self) -> None:
         """Stop the running step between two operations. Later steps fail until `resume`."""
         self.backend.cancel.set()
@@ -90,15 +106,20 @@ class Engine:
 
 
 def forward(states: Sequence[State], arch: Architecture, weights: Leases, collective: Collective) -> None:
-    """Every block in order. Each state holds one batch: all of them pass a block while its weights are here."""
+    """Every block in order. Each state holds one batch: all of them pass a block while its weights are here.
+
+    Rank 0 alone holds the embedding and the output head; the last sum is only for it.
+    """
     phase = states[0].batch.phase if len(states) == 1 else "prefill"
     reduce, n_layers, experts = collective.all_reduce, arch.hp.n_layers, weights.experts
 
     if experts is not None:
         experts.release()  # what a step that was stopped has left
     for state in states:
-        with weights.lease_embedding(state.batch.token_ids, phase) as (w, rows):
-            state.embed(w, rows)
+        if collective.rank == 0:
+            with weights.lease_embedding(state.batch.token_ids, phase) as (w, rows):
+                state.embed(w, rows)
+        collective.broadcast(state.hidden)
 
     for layer in range(n_layers):
         with weights.lease(Block("attention", layer), phase) as w:
@@ -112,6 +133,7 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, collec
             for state in states:
                 state.keep_outputs()
             states = [state for state in states if state.batch.n_outputs]
+            reduce = collective.reduce
         with weights.lease(Block("ffn", layer), phase) as w:
             if experts is not None:
                 stream_experts(states, layer, w, experts, reduce)
@@ -120,7 +142,7 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, collec
                 partial = state.ffn(layer, w)
                 state.add_ffn(layer, w, reduce(partial))
 
-    for part in range(weights.n_output_parts):
+    for part in range(weights.n_output_parts if collective.rank == 0 else 0):
         with weights.lease(Block("output", part), phase) as w:
             for state in states:
                 state.output(w, part)

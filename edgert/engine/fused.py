@@ -38,6 +38,11 @@ class State(Protocol):
 
     batch: Batch
 
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden state (hidden_size, n_tokens) as it is now."""
+        ...
+
     def embed(self, w: Weights, rows: NDArray[np.int32]) -> None: ...
 
     def attention(self, layer: int, w: Weights) -> Tensor: ...
@@ -139,6 +144,10 @@ class FusedState(State):
         self._carried: Tensor | None = None
         self.logits: Tensor | None = None
         self.logits_array: NDArray[np.float32] | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        return self._x
 
     def embed(self, w: Weights, rows: NDArray[np.int32]) -> None:
         # A resident source's rows are the token ids, which are an input of the graph.

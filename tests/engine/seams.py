@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from offload.embedding import EmbeddingRows
 from offload.experts import PoolShape, split_experts
 from offload.residency import Residency, block_bytes, cut
 from offload.window import WindowWeights
+from tensorpar.collectives import Algorithm, Group, Network
+from tensorpar.link import Link
 
 _BATCH_SIZE = 64  # the largest that the tests use
 
@@ -66,9 +70,31 @@ KV_CACHES: dict[str, Callable[[Backend, Hyperparameters, int], DenseKVCache]] = 
     "dense f16": lambda backend, hp, context_length: DenseKVCache(backend, hp, context_length, "f16"),
     "dense q8_0": lambda backend, hp, context_length: DenseKVCache(backend, hp, context_length, "q8_0"),
 }
+
+
+def _group(n_ranks: int, algorithm: Algorithm | None) -> Callable[[], list[Collective]]:
+    """Ranks of one process, every two of them connected by a pair of sockets."""
+    def connect() -> list[Collective]:
+        links: list[dict[int, Link]] = [{} for _ in range(n_ranks)]
+        for a, b in combinations(range(n_ranks), 2):
+            ends = socket.socketpair()
+            links[a][b], links[b][a] = Link(ends[0], b), Link(ends[1], a)
+        network = Network(latency_s=1e-4, bytes_per_s=1e9, is_mesh=True)
+        return [Group(rank, n_ranks, links[rank], network=network, algorithm=algorithm) for rank in range(n_ranks)]
+
+    return connect
+
+
 # For each rank of a group of one or more, in rank order.
 COLLECTIVES: dict[str, Callable[[], list[Collective]]] = {
     "solo": lambda: [Solo()],
+    "star of 2": _group(2, "star"),
+    "star of 4": _group(4, "star"),
+    "one-shot of 2": _group(2, "one-shot"),
+    "one-shot of 3": _group(3, "one-shot"),
+    "scatter of 2": _group(2, "scatter"),
+    "scatter of 3": _group(3, "scatter"),
+    "chosen of 3": _group(3, None),
 }
 # A weight source, and whether the whole model is one graph.
 ENGINES: dict[str, tuple[str, bool | None]] = {

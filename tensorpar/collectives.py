@@ -1,0 +1,239 @@
+"""Summing partial results over devices: a star, a one-shot exchange, and reduce-scatter with all-gather.
+
+With one-way latency a, bandwidth B, N ranks and b bytes, one sum costs: star 2a + 2(N-1)b/B at the leader; one-shot
+a + (N-1)b/B; scatter 2a + 2(N-1)/N b/B. `choose` takes the least. Sums are added in rank order in all three.
+Sources: TPI-LLM, arXiv 2410.00531, section 3.2 (star); Thakur et al. 2005, section 4 (reduce-scatter).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from edgert.errors import ClusterError, PeerLost
+from edgert.ggml.backend import Backend
+from edgert.ggml.graph import Tensor
+from tensorpar.frames import MAX_DATA_BYTES, BadFrame, Kind, Moment
+from tensorpar.link import Link
+from tensorpar.wire import WIRES, Floats, WireName
+
+Algorithm = Literal["star", "one-shot", "scatter"]
+# Ranks that send to each other at once send this much before they read: it always fits the sockets' buffers.
+_PIECE_BYTES = 2**16
+_OF_A_PASS = frozenset((Kind.PASS, Kind.PART, Kind.SUM))
+_PASS = struct.Struct("<IIII")  # start, tokens of the whole step, rows of logits, tokens of this batch
+
+
+class Abandoned(ClusterError):
+    """The leader has given this pass up, and says something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassStart:
+    """What a step computes: tokens at positions `start` and on, logits for the last `n_outputs`."""
+
+    start: int
+    n_tokens: int
+    n_outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What was measured between the devices; `is_mesh`: every two of them are connected."""
+
+    latency_s: float  # one way
+    bytes_per_s: float
+    is_mesh: bool
+
+
+def seconds(algorithm: Algorithm, n_bytes: int, n_ranks: int, network: Network) -> float:
+    """What one sum costs, by the formulas above."""
+    transfer_s = n_bytes / network.bytes_per_s
+    match algorithm:
+        case "star":
+            return 2 * network.latency_s + 2 * (n_ranks - 1) * transfer_s
+        case "one-shot":
+            return network.latency_s + (n_ranks - 1) * transfer_s
+        case "scatter":
+            return 2 * network.latency_s + 2 * (n_ranks - 1) / n_ranks * transfer_s
+
+
+def choose(n_bytes: int, n_ranks: int, network: Network) -> Algorithm:
+    """The fastest way to sum so many bytes. Two ranks are a mesh always."""
+    if n_ranks > 2 and not network.is_mesh:
+        return "star"
+    candidates: tuple[Algorithm, ...] = ("one-shot", "scatter", "star")
+    return min(candidates, key=lambda one: seconds(one, n_bytes, n_ranks, network))
+
+
+class Group:
+    """A Collective over links to other ranks: all of them, or (star only) just the leader's.
+
+    `algorithm` None chooses for every size anew. Every rank must be given the same network, wire and algorithm.
+    """
+
+    def __init__(self, rank: int, world_size: int, links: Mapping[int, Link], *, epoch: int = 0, network: Network,
+                 wire: WireName = "f32", algorithm: Algorithm | None = None) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.network, self._wire, self._algorithm = network, WIRES[wire], algorithm
+        self._links = dict(sorted(links.items()))
+        self._moment = Moment(epoch)
+        self._pass = PassStart(0, 0, 0)
+        self.n_broadcasts = self.n_all_reduces = self.n_reduces = 0
+
+    # -- a pass ------------------------------------------------------------------------------------------------
+    def begin(self, start: PassStart) -> None:
+        """On the leader, before each step. Frames of a step that was broken off are older than all that follow."""
+        self._moment = Moment(self._moment.epoch, self._moment.number + 1)
+        self._pass = start
+
+    def follow(self) -> PassStart:
+        """On the others: what the PASS frame that waits in the leader's link begins. Its hidden state stays there
+        for `broadcast`. Raises BadFrame."""
+        header = self._links[0].peek(MAX_DATA_BYTES)
+        if header.kind is not Kind.PASS or header.moment.turn:
+            raise BadFrame(f"{header.kind.name} came where a pass was to begin")
+        self._moment = header.moment
+        raw = memoryview(bytearray(_PASS.size))
+        self._links[0].take_part(raw)
+        start, n_tokens, n_outputs, _ = _PASS.unpack(raw)
+        return PassStart(start, n_tokens, n_outputs)
+
+    def broadcast(self, hidden: Tensor) -> None:
+        values = Backend.array(hidden).reshape(-1)
+        self.n_broadcasts += 1
+        if self.rank == 0:
+            payload = _PASS.pack(self._pass.start, self._pass.n_tokens, self._pass.n_outputs, hidden.ne[1])
+            frame = memoryview(payload + values.tobytes())
+            for link in self._links.values():
+                link.send(Kind.PASS, self._moment, frame)
+        else:
+            link = self._links[0]
+            if self._moment.turn:  # of a step's first batch it was taken by `follow`
+                self._expect(link, Kind.PASS, _PASS.size + values.nbytes)
+                link.take_part(memoryview(bytearray(_PASS.size)))
+            link.take(values.data.cast("B"))
+        self._advance()
+
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        self.n_all_reduces += 1
+        values = Backend.array(partial).reshape(-1)
+        algorithm = self._algorithm or choose(self._wire.n_bytes(len(values)), self.world_size, self.network)
+        {"star": self._star, "one-shot": self._one_shot, "scatter": self._scatter}[algorithm](values)
+        self._advance()
+        return partial
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        self.n_reduces += 1
+        values = Backend.array(partial).reshape(-1)
+        if self.rank:
+            self._links[0].send(Kind.PART, self._moment, self._wire.encode(values))
+        else:
+            self._gather(values)
+        self._advance()
+        return partial
+
+    def _advance(self) -> None:
+        self._moment = self._moment._replace(turn=self._moment.turn + 1)
+
+    # -- the three ways ----------------------------------------------------------------------------------------
+    def _star(self, values: Floats) -> None:
+        wire = self._wire
+        if self.rank:
+            self._links[0].send(Kind.PART, self._moment, wire.encode(values))
+            raw = memoryview(bytearray(wire.n_bytes(len(values))))
+            self._receive(self._links[0], Kind.SUM, raw)
+            wire.decode(raw, values)
+            return
+        self._gather(values)
+        encoded = wire.encode(values)
+        for link in self._links.values():
+            link.send(Kind.SUM, self._moment, encoded)
+        if not wire.is_exact:
+            wire.decode(encoded, values)
+
+    def _gather(self, values: Floats) -> None:
+        """The sum of all parts, on the leader."""
+        self._own_as_sent(values)
+        raw = memoryview(bytearray(self._wire.n_bytes(len(values))))
+        part = np.empty_like(values)
+        for link in self._links.values():
+            self._receive(link, Kind.PART, raw)
+            self._wire.decode(raw, part)
+            values += part
+
+    def _one_shot(self, values: Floats) -> None:
+        encoded = self._wire.encode(values)
+        received = {rank: memoryview(bytearray(len(encoded))) for rank in self._links}
+        self._swap(Kind.PART, dict.fromkeys(self._links, encoded), received)
+        self._add_in_order(values, received)
+
+    def _scatter(self, values: Floats) -> None:
+        """Each rank sums its own range of the values, and gives the sum to all."""
+        wire = self._wire
+        bounds = [len(values) * rank // self.world_size // 32 * 32 for rank in range(self.world_size)] + [len(values)]
+        ranges = [values[start:end] for start, end in pairwise(bounds)]
+        own = ranges[self.rank]
+        received = {rank: memoryview(bytearray(wire.n_bytes(len(own)))) for rank in self._links}
+        self._swap(Kind.PART, {rank: wire.encode(ranges[rank]) for rank in self._links}, received)
+        self._add_in_order(own, received)
+        encoded = wire.encode(own)
+        sums = {rank: memoryview(bytearray(wire.n_bytes(len(ranges[rank])))) for rank in self._links}
+        self._swap(Kind.SUM, dict.fromkeys(self._links, encoded), sums)
+        if not wire.is_exact:
+            wire.decode(encoded, own)
+        for rank, raw in sums.items():
+            wire.decode(raw, ranges[rank])
+
+    def _add_in_order(self, values: Floats, received: Mapping[int, memoryview]) -> None:
+        """values = the sum of all ranks' parts, in rank order; this rank's is in `values`."""
+        self._own_as_sent(values)
+        parts = {self.rank: values.copy() if self.rank else values}
+        for rank, raw in received.items():
+            parts[rank] = np.empty_like(values)
+            self._wire.decode(raw, parts[rank])
+        total = parts[0]
+        for rank in range(1, self.world_size):
+            total += parts[rank]
+        values[:] = total
+
+    def _own_as_sent(self, values: Floats) -> None:
+        if not self._wire.is_exact:
+            self._wire.decode(self._wire.encode(values), values)
+
+    # -- frames ------------------------------------------------------------------------------------------------
+    def _swap(self, kind: Kind, out: Mapping[int, memoryview], into: Mapping[int, memoryview]) -> None:
+        """Send and receive at once, piece by piece, so that nobody waits for a full buffer to empty."""
+        longest = max(len(view) for view in (*out.values(), *into.values()))
+        for start in range(0, longest, _PIECE_BYTES):
+            for rank, link in self._links.items():
+                if start < len(out[rank]):
+                    link.send(kind, self._moment, out[rank][start:start + _PIECE_BYTES])
+            for rank, link in self._links.items():
+                if start < len(into[rank]):
+                    self._receive(link, kind, into[rank][start:start + _PIECE_BYTES])
+
+    def _receive(self, link: Link, kind: Kind, into: memoryview) -> None:
+        self._expect(link, kind, len(into))
+        link.take(into)
+
+    def _expect(self, link: Link, kind: Kind, n_bytes: int) -> None:
+        """Drop what an abandoned pass left; then the frame that belongs here is next. Raises Abandoned, BadFrame."""
+        while (header := link.peek(MAX_DATA_BYTES)).kind in _OF_A_PASS and header.moment < self._moment:
+            link.skip(MAX_DATA_BYTES)
+        if header.kind is Kind.FAULT:
+            fault = link.receive_message(Kind.FAULT)[1]
+            raise PeerLost(link.rank, str(fault.get("problem"))[:200])
+        if link.rank == 0 and header.kind not in _OF_A_PASS:
+            raise Abandoned("the leader has given this pass up")
+        if header.moment != self._moment or header.kind is not kind:
+            if link.rank == 0 and header.moment[:2] > self._moment[:2]:
+                raise Abandoned("the leader has given this pass up")
+            raise BadFrame(f"{header.kind.name} {header.moment} came, {kind.name} {self._moment} was expected")
+        if header.n_bytes != n_bytes:
+            raise BadFrame(f"{header.n_bytes} bytes came, {n_bytes} were expected")

@@ -1,0 +1,323 @@
+"""The leading device: it connects to the workers, gives each its part, and computes with them as rank 0.
+
+`ClusterEngine` is an engine like any other. When a worker is lost in a step, the survivors take its part over, the
+tokens so far pass once more, and the step goes on; whoever asked for logits sees a pause.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.architectures.base import Architecture
+from edgert.engine.collective import Collective, Solo
+from edgert.engine.engine import Engine
+from edgert.errors import ClusterError, OutOfMemory, PeerLost
+from edgert.ggml.backend import Cancelled
+from edgert.gguf.model_file import ModelFile
+from edgert.paths import Paths
+from tensorpar import discovery
+from tensorpar.collectives import Algorithm, Group, Network, PassStart
+from tensorpar.members import Member, Membership
+from tensorpar.messages import Settings, Setup
+from tensorpar.peer import Peer
+from tensorpar.planner import Device, Prediction, predict, predictions, reason
+from tensorpar.plans import WORTH_KEEPING, Plans
+from tensorpar.profile import Profile
+from tensorpar.shares import Cut, Shard, merge
+from tensorpar.slice_cache import SliceCache
+from tensorpar.slice_file import SliceFile
+from tensorpar.wire import WireName
+
+Devices = Literal["auto", "all"] | int
+_DISCOVERY_S = 1.0
+# Looking for devices that are away takes up to some seconds: not before every answer of a conversation.
+_LOOK_AGAIN_S = 10.0
+_log = logging.getLogger(__name__)
+
+
+class OpenRank(Protocol):
+    """Opens a model file (the model's own, or a slice) with the user's settings, as rank 0 of a collective."""
+
+    def __call__(self, file: ModelFile, collective: Collective) -> Engine: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """How many devices: `auto` takes what is predicted to be fastest, `all` everybody who is there. `peers` are
+    addresses to try beside those that are known."""
+
+    devices: Devices = "auto"
+    peers: tuple[tuple[str, int], ...] = ()
+    wire: WireName = "f32"
+    algorithm: Algorithm | None = None
+    discovery_s: float = _DISCOVERY_S
+
+
+class Workers:
+    """The connected workers, and how those that are away are reached again."""
+
+    def __init__(self, membership: Membership, options: ClusterOptions, interrupted: Callable[[], None]) -> None:
+        self._membership, self._options, self._interrupted = membership, options, interrupted
+        self.connected: list[Peer] = []
+
+    def connect(self) -> list[str]:
+        """Dial every member that is not connected, all at once, where it was last and then where mDNS sees it; why
+        others are missing, a sentence each."""
+        names = {one.member.name for one in self.connected}
+        missing = [one for one in self._membership.members if one.name not in names]
+        known = {one.name: [*self._options.peers, *([(one.host, one.port)] if one.host else [])] for one in missing}
+        problems = self._dial_all(missing, known)
+        missing = [one for one in missing if one.name in problems]
+        if missing and self._options.discovery_s:
+            wanted = frozenset(one.fingerprint for one in missing)
+            sightings = discovery.browse("work", self._options.discovery_s, wanted)
+            seen = {one.name: [(host, sighting.port) for sighting in sightings for host in sighting.hosts
+                               if one.fingerprint.startswith(sighting.fingerprint)] for one in missing}
+            again = [one for one in missing if seen[one.name]]
+            problems = {**{one.name: problems[one.name] for one in missing if one not in again},
+                        **self._dial_all(again, seen)}
+        return list(problems.values())
+
+    def _dial_all(self, members: Sequence[Member], addresses: Mapping[str, list[tuple[str, int]]]) -> dict[str, str]:
+        """Connect those who answer; by name, why others do not."""
+        problems: dict[str, str] = {}
+        if members:
+            with ThreadPoolExecutor(len(members), "dial") as pool:
+                for member, found in zip(members, pool.map(lambda one: self._dial(one, addresses[one.name]), members),
+                                         strict=True):
+                    if isinstance(found, Peer):
+                        self.connected.append(found)
+                    else:
+                        problems[member.name] = found
+        return problems
+
+    def _dial(self, member: Member, addresses: Sequence[tuple[str, int]]) -> Peer | str:
+        try:
+            return Peer.connect(member, self._membership.identity, secrets.token_hex(8), dict.fromkeys(addresses),
+                                self._interrupted)
+        except ClusterError as error:
+            return f"{member.name} is left out: {error.message}"
+
+    def drop(self, peer: Peer) -> None:
+        self.connected.remove(peer)
+        peer.close()
+
+    def close(self) -> None:
+        for peer in self.connected:
+            peer.close()
+        self.connected = []
+
+
+class ClusterEngine(Engine):
+    """Rank 0 of a group of devices, or this device alone where that is faster."""
+
+    def __init__(self, file: ModelFile, arch: Architecture, paths: Paths, profile: Profile, settings: Settings,
+                 open_rank: OpenRank, options: ClusterOptions) -> None:
+        membership = Membership.load(paths)
+        if membership is None or membership.role != "leader":
+            raise ClusterError("this device leads no cluster", "Begin with `edgert cluster init`.")
+        self._file, self._whole, self._cut = file, arch, Cut.of(file, arch)
+        self._options, self._settings, self._open_rank = options, settings, open_rank
+        self._plans = Plans(paths)
+        self._cache, self._profile, self._name = SliceCache(paths), profile, membership.name
+        self._workers = Workers(membership, options, self._stop_if_cancelled)
+        self._ranks: list[Peer] = []  # of the running epoch, rank 1 first
+        self._shards: tuple[Shard, ...] = ()
+        self._epoch, self._token_ids = 0, list[int]()
+        self._reason, self._in_pass = "", False
+        self._inner: Engine | None = None
+        try:
+            for problem in self._workers.connect():
+                _log.warning("%s", problem)
+            self._plan_anew()
+        except BaseException:
+            self._workers.close()
+            raise
+        self._looked_s = time.monotonic()
+
+    # -- the engine --------------------------------------------------------------------------------------------
+    def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> NDArray[np.float32]:
+        del self._token_ids[self.kv.length:]
+        wanted = [*self._token_ids, *token_ids.tolist()]
+        while True:
+            missing = np.array(wanted[self.kv.length:], np.int32)
+            try:
+                if isinstance(self.collective, Group):
+                    self._begin(self.collective, PassStart(self.kv.length, len(missing), n_outputs))
+                logits = super().step(missing, n_outputs)
+                self._token_ids, self._in_pass = wanted, False
+                return logits
+            except PeerLost as lost:
+                self._go_on_without(lost)
+
+    def _begin(self, group: Group, start: PassStart) -> None:
+        """Ready all ranks for a pass. Refuses a prompt that does not fit before anybody hears of it."""
+        self.kv.check_room(start.start + start.n_tokens, self._whole.hp.context_length)
+        if self._in_pass:  # the one before was cancelled or has failed
+            for peer in self._ranks:
+                peer.flush()
+        self._in_pass = True
+        group.begin(start)
+
+    def refresh(self) -> None:
+        """Between two requests: devices that are back, or new, are used from here on."""
+        n_before, now_s = len(self._workers.connected), time.monotonic()
+        if now_s - self._looked_s < _LOOK_AGAIN_S:
+            return
+        self._workers.connect()
+        self._looked_s = time.monotonic()
+        if len(self._workers.connected) > n_before:
+            self._plan_anew()
+
+    def plan(self) -> dict[str, Any]:
+        ranks = [{"name": name, "heads": one.heads, "ffn": one.ffn, "bytes": self._cut.stored_bytes(one)}
+                 for name, one in zip(self._names(), self._shards, strict=True)]
+        sent = {one.member.name: one.sent_slice_bytes for one in self._ranks}
+        return {**super().plan(), "cluster": {"devices": ranks, "epoch": self._epoch, "reason": self._reason,
+                                              "sent_slice_bytes": sent, "wire": self._options.wire}}
+
+    def close(self) -> None:
+        if self._inner is not None:
+            self._inner.close()
+            self._inner = None
+        self._workers.close()
+
+    def _names(self) -> list[str]:
+        return [self._name, *(one.member.name for one in self._ranks)]
+
+    def _stop_if_cancelled(self) -> None:
+        if self._inner is not None and self._inner.backend.cancel.is_set:
+            raise Cancelled
+
+    # -- plans -------------------------------------------------------------------------------------------------
+    def _plan_anew(self) -> None:
+        """Choose among the connected devices, and give each its part. A device that cannot take it is left out."""
+        while True:
+            plan = self._choose()
+            by_name = {one.member.name: one for one in self._workers.connected}
+            try:
+                self._establish([by_name[name] for name in plan.devices[1:]], plan.shards, plan.network)
+                return
+            except PeerLost as lost:
+                self._report(lost)
+                self._workers.drop(self._peer(lost))
+
+    def _choose(self) -> Prediction:
+        devices = [Device(self._name, self._profile),
+                   *(Device(one.member.name, one.profile, one.latency_s, one.bytes_per_s)
+                     for one in self._workers.connected)]
+        found = predictions(self._cut, self._whole.hp, devices)
+        wanted: int | None = None
+        if self._options.devices != "auto":
+            limit = len(devices) if self._options.devices == "all" else self._options.devices
+            wanted = min(limit, len(devices), self._cut.max_ranks)
+        chosen = next(one for one in found if wanted is None or len(one.devices) == wanted)
+        self._reason = reason(chosen, found)
+        _log.info("%s", self._reason)
+        return self._as_before(chosen, devices) if len(chosen.devices) > 1 else chosen
+
+    def _as_before(self, chosen: Prediction, devices: Sequence[Device]) -> Prediction:
+        """The same devices with the parts that they had at an earlier start, if that is about as fast."""
+        by_name = {one.member.name: one.member.fingerprint for one in self._workers.connected}
+        key = Plans.key(self._file.fingerprint(), [by_name[name] for name in chosen.devices[1:]])
+        kept = self._plans.get(key, self._cut, len(chosen.devices))
+        if kept is not None:
+            own = [one for one in devices if one.name in chosen.devices]
+            before = predict(self._cut, self._whole.hp, own, kept, 4 * self._whole.hp.hidden_size)
+            if before.tokens_per_s >= WORTH_KEEPING * chosen.tokens_per_s:
+                return before
+        self._plans.put(key, chosen.shards)
+        return chosen
+
+    def _establish(self, peers: list[Peer], shards: tuple[Shard, ...], network: Network) -> None:
+        """Open an epoch: every rank gets its slice and opens it, all at once. Raises PeerLost."""
+        self._epoch += 1
+        self._in_pass = False
+        self._ranks, self._shards = peers, shards
+        for rank, peer in enumerate(peers, start=1):
+            peer.assign(rank)
+        if not peers:
+            self._adopt(self._open_rank(self._file, Solo()))
+            return
+        slices = [SliceFile(self._file, self._whole.hp, one) for one in shards]
+        with ThreadPoolExecutor(len(peers), "set up") as pool:
+            pending = [pool.submit(peer.set_up, self._setup(rank, slices[rank], network), slices[rank], _notice)
+                       for rank, peer in enumerate(peers, start=1)]
+            own = self._own_slice(slices[0])
+            for one in pending:
+                one.result()
+        links = {rank: peer.link for rank, peer in enumerate(peers, start=1)}
+        group = Group(0, len(shards), links, epoch=self._epoch, network=network, wire=self._options.wire,
+                      algorithm=self._options.algorithm)
+        self._adopt(self._open_rank(own, group))
+
+    def _setup(self, rank: int, slice_file: SliceFile, network: Network) -> Setup:
+        return Setup(self._epoch, rank, len(self._shards), slice_file.key.hex(), slice_file.size_bytes, self._settings,
+                     network, self._options.wire, self._options.algorithm)
+
+    def _own_slice(self, slice_file: SliceFile) -> ModelFile:
+        if not self._cache.has(slice_file.key):
+            self._cache.make_room(slice_file.key, slice_file.size_bytes)
+            slice_file.write(self._cache.path(slice_file.key))
+        return ModelFile.open(self._cache.path(slice_file.key))
+
+    def _adopt(self, engine: Engine) -> None:
+        """Become this engine. A request to stop that came meanwhile stays."""
+        before, self._inner = self._inner, engine
+        if before is not None:
+            if before.backend.cancel.is_set:
+                engine.cancel()
+            before.close()
+        self.become(engine)
+
+    # -- losses ------------------------------------------------------------------------------------------------
+    def _peer(self, lost: PeerLost) -> Peer:
+        return self._ranks[lost.rank - 1]
+
+    def _report(self, lost: PeerLost) -> None:
+        _log.warning("%s was lost (%s); the answer goes on with the other devices", self._peer(lost).member.name,
+                     lost.why)
+
+    def _go_on_without(self, lost: PeerLost) -> None:
+        """This device takes the lost one's part over, and the others keep theirs: no weight has to travel."""
+        while True:
+            self._report(lost)
+            gone = self._peer(lost)
+            self._workers.drop(gone)
+            index = self._ranks.index(gone) + 1
+            own = merge([self._shards[0], self._shards[index]])
+            peers = [one for one in self._ranks if one is not gone]
+            try:
+                if own is None or not peers:
+                    self._alone()
+                    return
+                others = [one for rank, one in enumerate(self._shards) if rank not in (0, index)]
+                network = replace(self._network(), is_mesh=len(peers) == 1)
+                self._establish(peers, (own, *others), network)
+                return
+            except PeerLost as another:
+                lost = another
+            except OutOfMemory:
+                self._alone()
+                return
+
+    def _network(self) -> Network:
+        assert isinstance(self.collective, Group)  # something was lost
+        return self.collective.network
+
+    def _alone(self) -> None:
+        self._establish([], (Shard(((0, self._cut.n_heads),), ((0, self._cut.n_kv_heads),),
+                                   ((0, self._cut.ffn_size),), leads=True),), Network(1e-6, 1e12, False))
+
+
+def _notice(text: str) -> None:
+    _log.warning("%s", text)

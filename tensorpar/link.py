@@ -1,0 +1,176 @@
+"""One connection to one other device: whole frames, every wait with a deadline.
+
+Knows sockets, plain or TLS, and nothing of what frames mean. Used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from edgert.errors import PeerLost
+from tensorpar.frames import HEADER_BYTES, MAX_MESSAGE_BYTES, BadFrame, Header, Kind, Moment, pack, unpack
+
+# How often a wait looks whether the other side is still alive: half of the 100 ms in which a death is to be seen.
+_LOOK_EVERY_S = 0.05
+# A computation of one block of the largest batch on the slowest device; silence is noticed long before (pulse.py).
+LONGEST_WAIT_S = 300.0
+# Up to this size header and payload are one write, and one packet where they fit.
+_JOINED_BYTES = 2**16
+_BUFFER_BYTES = 2**20
+_MAX_DEPTH = 32
+
+
+class Link:
+    """Frames to and from the device of `rank`. `check_alive` raises when that device is known to be gone;
+    `interrupted` raises when nobody wants the next frame any more, and is asked between frames only."""
+
+    def __init__(self, sock: socket.socket, rank: int = 0, check_alive: Callable[[], None] = lambda: None,
+                 interrupted: Callable[[], None] = lambda: None) -> None:
+        self.rank, self.check_alive, self._interrupted = rank, check_alive, interrupted
+        self._socket = sock
+        tune(sock)
+        sock.settimeout(_LOOK_EVERY_S)
+        self._out = bytearray(HEADER_BYTES + _JOINED_BYTES)
+        self._head = memoryview(bytearray(HEADER_BYTES))
+        self._next: Header | None = None
+        self.sent_bytes = self.received_bytes = 0
+        self.waited_s = 0.0
+
+    def send(self, kind: Kind, moment: Moment, payload: memoryview | bytes = b"",
+             within_s: float = LONGEST_WAIT_S) -> None:
+        """Send one frame. Raises PeerLost."""
+        n_bytes = len(payload)
+        deadline_s = time.monotonic() + within_s
+        header = pack(kind, moment, n_bytes)
+        if n_bytes <= _JOINED_BYTES:
+            self._out[:HEADER_BYTES] = header
+            self._out[HEADER_BYTES:HEADER_BYTES + n_bytes] = payload
+            self._write(memoryview(self._out)[:HEADER_BYTES + n_bytes], deadline_s)
+        else:
+            self._write(memoryview(header), deadline_s)
+            self._write(memoryview(payload), deadline_s)
+        self.sent_bytes += HEADER_BYTES + n_bytes
+
+    def _write(self, data: memoryview, deadline_s: float) -> None:
+        while data:
+            try:
+                data = data[self._socket.send(data):]
+            except TimeoutError:
+                self._look(deadline_s)
+            except OSError as error:
+                raise PeerLost(self.rank, f"the connection broke: {error.strerror or error}") from error
+
+    def peek(self, max_bytes: int = MAX_MESSAGE_BYTES, within_s: float = LONGEST_WAIT_S) -> Header:
+        """The header of the next frame, which stays next. Raises PeerLost, BadFrame."""
+        if self._next is None:
+            self._read(self._head, time.monotonic() + within_s)
+            self._next = unpack(self._head, max_bytes)
+        elif self._next.n_bytes > max_bytes:
+            raise BadFrame(f"{self._next.n_bytes} bytes announced, {max_bytes} are allowed")
+        return self._next
+
+    def take(self, into: memoryview, within_s: float = LONGEST_WAIT_S) -> None:
+        """The next frame's payload, which must be as long as `into`."""
+        header = self.peek(len(into), within_s)
+        if header.n_bytes != len(into):
+            raise BadFrame(f"{header.n_bytes} bytes came, {len(into)} were expected")
+        self._read(into, time.monotonic() + within_s)
+        self._next = None
+        self.received_bytes += HEADER_BYTES + len(into)
+
+    def take_part(self, into: memoryview, within_s: float = LONGEST_WAIT_S) -> None:
+        """The first bytes of the next frame's payload; `take` takes the others."""
+        assert self._next is not None  # it was peeked at
+        if self._next.n_bytes < len(into):
+            raise BadFrame(f"{self._next.n_bytes} bytes came, {len(into)} or more were expected")
+        self._read(into, time.monotonic() + within_s)
+        self._next = replace(self._next, n_bytes=self._next.n_bytes - len(into))
+
+    def skip(self, max_bytes: int, within_s: float = LONGEST_WAIT_S) -> None:
+        """Drop the next frame."""
+        left = self.peek(max_bytes, within_s).n_bytes
+        rest = memoryview(bytearray(min(left, _JOINED_BYTES)))
+        deadline_s = time.monotonic() + within_s
+        while left:
+            part = rest[:min(left, len(rest))]
+            self._read(part, deadline_s)
+            left -= len(part)
+        self._next = None
+
+    def _read(self, into: memoryview, deadline_s: float) -> None:
+        began_s = time.monotonic()
+        while into:
+            try:
+                n = self._socket.recv_into(into)
+            except TimeoutError:
+                self._look(deadline_s)
+                if into is self._head:  # not a byte of the frame has come
+                    self._interrupted()
+                continue
+            except OSError as error:
+                raise PeerLost(self.rank, f"the connection broke: {error.strerror or error}") from error
+            if n == 0:
+                raise PeerLost(self.rank, "it closed the connection")
+            into = into[n:]
+        self.waited_s += time.monotonic() - began_s
+
+    def _look(self, deadline_s: float) -> None:
+        self.check_alive()
+        if time.monotonic() > deadline_s:
+            raise PeerLost(self.rank, "it did not answer in time")
+
+    def send_message(self, kind: Kind, message: dict[str, Any], within_s: float = LONGEST_WAIT_S) -> None:
+        """A control message: JSON, bounded."""
+        raw = json.dumps(message).encode()
+        assert len(raw) <= MAX_MESSAGE_BYTES
+        self.send(kind, Moment(0), raw, within_s)
+
+    def receive_message(self, *kinds: Kind, within_s: float = LONGEST_WAIT_S) -> tuple[Header, dict[str, Any]]:
+        """The next frame, one of `kinds`, with its JSON object. Raises BadFrame, PeerLost."""
+        header = self.peek(within_s=within_s)
+        if header.kind not in kinds:
+            raise BadFrame(f"{header.kind.name} came, {' or '.join(kind.name for kind in kinds)} was expected")
+        raw = bytearray(header.n_bytes)
+        self.take(memoryview(raw), within_s)
+        return header, parse_message(bytes(raw))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def parse_message(raw: bytes) -> dict[str, Any]:
+    """A JSON object of bounded depth. Raises BadFrame."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_MESSAGE_BYTES // 64 or _depth(raw) > _MAX_DEPTH:
+        raise BadFrame("a message that is nested too deep")
+    try:
+        message = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BadFrame("a message that is no JSON") from None
+    if not isinstance(message, dict):
+        raise BadFrame("a message that is no object")
+    return message
+
+
+def _depth(raw: bytes) -> int:
+    """Open brackets at most, those inside texts included: a bound, not a parser."""
+    depth = deepest = 0
+    for byte in raw:
+        if byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
+
+
+def tune(sock: socket.socket) -> None:
+    """No waiting for fuller packets, and room for a piece of every exchange in each direction."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)

@@ -1,0 +1,95 @@
+"""What leader and worker tell each other in JSON, each field checked for its type and its bounds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, cast, get_args
+
+from edgert.architectures.base import MAX_CONTEXT
+from edgert.engine.kv_cache import KVType
+from tensorpar.collectives import Algorithm, Network
+from tensorpar.frames import BadFrame
+from tensorpar.members import MAX_MEMBERS
+from tensorpar.slice_cache import KEY_BYTES
+from tensorpar.wire import WIRES, WireName
+
+_MAX_BATCH = 8192
+_KEY = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", re.ASCII)
+_MAX_SLICE_BYTES = 2**44
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How every rank opens its engine: all caches hold the same tokens, all batches are cut alike."""
+
+    context_length: int
+    batch_size: int
+    kv_type: KVType
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One rank's part in an epoch. `slice_key` (hex) and `slice_bytes` say what it must have."""
+
+    epoch: int
+    rank: int
+    world_size: int
+    slice_key: str
+    slice_bytes: int
+    settings: Settings
+    network: Network
+    wire: WireName
+    algorithm: Algorithm | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def key(self) -> bytes:
+        return bytes.fromhex(self.slice_key)
+
+    @classmethod
+    def of_message(cls, raw: dict[str, Any]) -> Setup:
+        """Raises BadFrame for anything that no leader of this version says."""
+        settings, network = _object(raw, "settings"), _object(raw, "network")
+        world_size = whole(raw, "world_size", 2, MAX_MEMBERS + 1)
+        key, kv_type = raw.get("slice_key"), settings.get("kv_type")
+        wire, algorithm = raw.get("wire"), raw.get("algorithm")
+        known = (kv_type in get_args(KVType), wire in tuple(WIRES), algorithm in (None, *get_args(Algorithm)))
+        if not isinstance(key, str) or not _KEY.fullmatch(key) or not all(known):
+            raise BadFrame("a plan with impossible names")
+        return cls(
+            whole(raw, "epoch", 1, 2**31), whole(raw, "rank", 1, world_size - 1), world_size, key,
+            whole(raw, "slice_bytes", 1, _MAX_SLICE_BYTES),
+            Settings(whole(settings, "context_length", 1, MAX_CONTEXT), whole(settings, "batch_size", 1, _MAX_BATCH),
+                     cast(KVType, kv_type)),
+            Network(_number(network, "latency_s"), _number(network, "bytes_per_s"), network.get("is_mesh") is True),
+            cast(WireName, wire), cast("Algorithm | None", algorithm))
+
+
+def whole(raw: dict[str, Any], key: str, least: int, most: int) -> int:
+    """A whole number within bounds. Raises BadFrame."""
+    value = raw.get(key)
+    if type(value) is not int or not least <= value <= most:
+        raise BadFrame(f"{key} is not a number from {least} to {most}")
+    return value
+
+
+def _number(raw: dict[str, Any], key: str) -> float:
+    value = raw.get(key)
+    if not isinstance(value, (int, float)) or not 0 < value < 1e15:
+        raise BadFrame(f"{key} is not a positive number")
+    return float(value)
+
+
+def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, dict):
+        raise BadFrame(f"{key} is missing")
+    return value
+
+
+def text(raw: dict[str, Any], key: str, max_length: int = 300) -> str:
+    """A short printable text, whatever came."""
+    return "".join(filter(str.isprintable, str(raw.get(key, ""))))[:max_length]

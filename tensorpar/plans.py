@@ -1,0 +1,72 @@
+"""Plans of earlier starts: the same devices get the same parts again, so that no weight travels twice.
+
+Speeds are measured at each start and vary by some percent; a plan that is nearly as fast as a new one is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from edgert.paths import Paths
+from tensorpar.shares import Cut, Range, Shard, covers
+
+# A kept plan may be this much slower than a new one would be: sending weights anew takes longer than it gains.
+WORTH_KEEPING = 0.85
+_MAX_PLANS = 64
+_MAX_FILE_BYTES = 2**20
+
+
+class Plans:
+    """What was decided for a model and some devices, in a file of the cache. A damaged one counts as none."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._path = paths.cache / "cluster-plans.json"
+
+    @staticmethod
+    def key(model_fingerprint: str, device_fingerprints: Sequence[str]) -> str:
+        return hashlib.sha256("/".join((model_fingerprint, *device_fingerprints)).encode()).hexdigest()
+
+    def get(self, key: str, cut: Cut, n_ranks: int) -> tuple[Shard, ...] | None:
+        """The shards of an earlier start, leader first, if they still divide this model."""
+        try:
+            shards = tuple(_shard(one, rank == 0) for rank, one in enumerate(self._load()[key]))
+        except (KeyError, TypeError, ValueError):
+            return None
+        return shards if len(shards) == n_ranks and covers(cut, shards) else None
+
+    def put(self, key: str, shards: Sequence[Shard]) -> None:
+        plans = self._load()
+        plans.pop(key, None)
+        plans[key] = [asdict(one) for one in shards]
+        kept = dict(list(plans.items())[-_MAX_PLANS:])
+        temporary = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(kept))
+            temporary.replace(self._path)
+        except OSError:  # a read-only home costs weights that travel again, no more
+            temporary.unlink(missing_ok=True)
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            with self._path.open("rb") as file:
+                plans = json.loads(file.read(_MAX_FILE_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return plans if isinstance(plans, dict) else {}
+
+
+def _shard(raw: dict[str, Any], leads: bool) -> Shard:
+    return Shard(_ranges(raw["heads"]), _ranges(raw["kv_heads"]), _ranges(raw["ffn"]), leads)
+
+
+def _ranges(raw: Sequence[Sequence[int]]) -> tuple[Range, ...]:
+    ranges = tuple((int(start), int(end)) for start, end in raw)
+    if any(start >= end or start < 0 for start, end in ranges):
+        raise ValueError("an empty range")
+    return ranges

@@ -1,0 +1,234 @@
+"""Which heads and which part of the FFN each rank computes: pure arithmetic over a model's sizes.
+
+Attention is divided by whole KV groups, or within a group when there are more ranks than groups (K and V are then on
+several ranks); the FFN, and each expert's, by whole quantisation blocks. Nothing is quantised anew. Knows no bytes
+of a file (tensorpar/slices.py) and no devices (tensorpar/planner.py).
+Source: TPI-LLM, arXiv 2410.00531, section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from edgert.architectures.base import Architecture
+from edgert.errors import ClusterError, ModelFileError
+from edgert.gguf.model_file import ModelFile
+from edgert.gguf.reader import TensorInfo
+
+Range = tuple[int, int]  # from, up to and without
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank computes of every layer. `leads` is rank 0, which also holds embedding, output head and the
+    biases that are added once."""
+
+    heads: tuple[Range, ...]
+    kv_heads: tuple[Range, ...]
+    ffn: tuple[Range, ...]
+    leads: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a model may be cut, and what its parts weigh. Bytes are those that a decoded token reads."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_unit: int
+    """Heads that a quantisation block of the output projection spans: they stay together."""
+    ffn_size: int
+    ffn_unit: int
+    attention_bytes: int
+    ffn_bytes: int
+    leader_bytes: int
+    replicated_bytes: int
+    stored_ffn_bytes: int
+    """All experts', where a token reads some."""
+
+    @classmethod
+    def of(cls, model: ModelFile, arch: Architecture) -> Cut:
+        """The cut of a model whose tensors are checked. Raises ModelFileError where no whole block fits."""
+        hp, tensors = arch.hp, model.tensors
+        block = _largest_block(tensors.values(), "attn_output.weight")
+        ffn_size = hp.expert_ffn_size or hp.ffn_size
+        ffn_unit = _largest_block((*tensors.values(),), "ffn_down.weight", "ffn_down_exps.weight")
+        if hp.n_heads * hp.head_dim % block or ffn_size % ffn_unit:
+            raise ModelFileError(str(model.path), "its rows are no whole number of quantisation blocks")
+        used = hp.n_experts_used / hp.n_experts if hp.n_experts else 1.0
+        groups = {"attention": 0.0, "ffn": 0.0, "leader": 0.0, "replicated": 0.0}
+        for info in tensors.values():
+            kind = _kind(info.name)
+            groups[kind] += info.n_bytes * (used if "_exps" in info.name else 1.0)
+        if "output.weight" not in tensors:
+            groups["leader"] += tensors["token_embd.weight"].n_bytes
+        stored = sum(info.n_bytes for info in tensors.values() if _kind(info.name) == "ffn")
+        return cls(hp.n_heads, hp.n_kv_heads, block // math.gcd(block, hp.head_dim), ffn_size, ffn_unit,
+                   int(groups["attention"]), int(groups["ffn"]), int(groups["leader"]), int(groups["replicated"]),
+                   stored)
+
+    @property
+    def group_unit(self) -> int:
+        """Heads of the smallest cut at which every rank has KV heads of its own."""
+        return math.lcm(self.head_unit, self.n_heads // self.n_kv_heads)
+
+    @property
+    def max_ranks(self) -> int:
+        """More ranks than this have nothing to compute."""
+        per_group = self.n_heads // self.n_kv_heads
+        finest = self.head_unit if per_group % self.head_unit == 0 else self.group_unit
+        return min(self.n_heads // finest, self.ffn_size // self.ffn_unit)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.attention_bytes + self.ffn_bytes + self.leader_bytes
+
+    def read_bytes(self, one: Shard) -> int:
+        """What a rank with this shard reads for each token."""
+        own = (self.attention_bytes * length(one.heads) // self.n_heads
+               + self.ffn_bytes * length(one.ffn) // self.ffn_size)
+        return own + (self.leader_bytes if one.leads else 0)
+
+    def stored_bytes(self, one: Shard) -> int:
+        """What a rank with this shard holds. The embedding table is a part of the replicated bytes."""
+        own = (self.attention_bytes * length(one.heads) // self.n_heads
+               + self.stored_ffn_bytes * length(one.ffn) // self.ffn_size)
+        return own + (self.leader_bytes + self.replicated_bytes if one.leads else 0)
+
+
+def _kind(name: str) -> str:
+    """Which part of the work a tensor belongs to."""
+    if name in ("token_embd.weight", "output_norm.weight"):
+        return "replicated"  # of the table a token reads one row
+    if name.startswith("output."):
+        return "leader"
+    key = name.split(".", 2)[-1]
+    if key.startswith(("attn_q.", "attn_k.", "attn_v.", "attn_output.")):
+        return "attention"
+    return "ffn" if key.startswith(("ffn_gate", "ffn_up", "ffn_down")) and "inp" not in key else "replicated"
+
+
+def _largest_block(tensors: Iterable[TensorInfo], *keys: str) -> int:
+    """Elements of the largest block among the layers' tensors of these names; sizes are powers of two."""
+    return max((info.type.block_size for info in tensors if info.name.endswith(keys)), default=1)
+
+
+def divide(n_units: int, weights: Sequence[float]) -> list[int]:
+    """Share out units by weight, at least one each: the largest remainders get what is left."""
+    if not 0 < len(weights) <= n_units:
+        raise AssertionError(f"{n_units} units for {len(weights)} ranks")
+    total = math.fsum(weights)
+    wanted = [n_units * weight / total if total > 0 else n_units / len(weights) for weight in weights]
+    counts = [max(1, int(one)) for one in wanted]
+    while (surplus := n_units - sum(counts)) != 0:
+        step = 1 if surplus > 0 else -1
+        candidates = [rank for rank, count in enumerate(counts) if step > 0 or count > 1]
+        rank = max(candidates, key=lambda rank: (step * (wanted[rank] - counts[rank]), -rank))
+        counts[rank] += step
+    return counts
+
+
+def shard(cut: Cut, weights: Sequence[float]) -> tuple[Shard, ...]:
+    """A shard for each rank, so that each reads about its weight's part of the bytes; rank 0 leads.
+
+    Raises ClusterError when there are more ranks than the model has parts.
+    """
+    n_ranks = len(weights)
+    if n_ranks > cut.max_ranks:
+        raise ClusterError(f"this model divides over at most {cut.max_ranks} devices, not {n_ranks}",
+                           f"Use {cut.max_ranks} of them: --devices {cut.max_ranks}.")
+    if n_ranks == 1:
+        return (Shard(((0, cut.n_heads),), ((0, cut.n_kv_heads),), ((0, cut.ffn_size),), leads=True),)
+    left = _layer_bytes(cut, weights)
+    heads = _head_ranges(cut, left)
+    per_head = cut.attention_bytes / cut.n_heads
+    rest = [max(bytes_ - per_head * (end - start), cut.ffn_bytes * 1e-6)
+            for bytes_, (start, end) in zip(left, heads, strict=True)]
+    counts = divide(cut.ffn_size // cut.ffn_unit, rest)
+    ends = [cut.ffn_unit * end for end in accumulate(counts)]
+    per_kv = cut.n_heads // cut.n_kv_heads
+    return tuple(
+        Shard((one,), ((one[0] // per_kv, -(-one[1] // per_kv)),), ((end - cut.ffn_unit * count, end),), rank == 0)
+        for rank, (one, end, count) in enumerate(zip(heads, ends, counts, strict=True)))
+
+
+def _layer_bytes(cut: Cut, weights: Sequence[float]) -> list[float]:
+    """Bytes of layers that each rank is to read. The leader's output head counts as part of its share."""
+    total = math.fsum(weights)
+    shares = [cut.total_bytes * weight / total for weight in weights]
+    left = [share - (cut.leader_bytes if rank == 0 else 0) for rank, share in enumerate(shares)]
+    return [max(one, cut.total_bytes * 1e-6) for one in left]
+
+
+def _head_ranges(cut: Cut, weights: Sequence[float]) -> list[Range]:
+    n_groups = cut.n_heads // cut.group_unit
+    if len(weights) <= n_groups:
+        ends = [cut.group_unit * end for end in accumulate(divide(n_groups, weights))]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+    # More ranks than groups: each group is shared by some ranks in a row, within it by weight.
+    ranges: list[Range] = []
+    ranks = iter(weights)
+    for group, n_ranks in enumerate(divide(len(weights), [1.0] * n_groups)):
+        own = [next(ranks) for _ in range(n_ranks)]
+        unit = cut.head_unit if n_ranks > 1 else cut.group_unit
+        start = group * cut.group_unit
+        for count in divide(cut.group_unit // unit, own):
+            ranges.append((start, start + count * unit))
+            start += count * unit
+    return ranges
+
+
+def covers(cut: Cut, shards: Sequence[Shard]) -> bool:
+    """Whether the shards, each of whole units, compute every head and every part of the FFN exactly once."""
+    per_kv = cut.n_heads // cut.n_kv_heads
+    return (sorted(n for one in shards for n in numbers(one.heads)) == list(range(cut.n_heads))
+            and sorted(n for one in shards for n in numbers(one.ffn)) == list(range(cut.ffn_size))
+            and all(edge % cut.head_unit == 0 for one in shards for r in one.heads for edge in r)
+            and all(edge % cut.ffn_unit == 0 for one in shards for r in one.ffn for edge in r)
+            and all({head // per_kv for head in numbers(one.heads)} == set(numbers(one.kv_heads))
+                    and list(_pairs(one)) == [(head, head // per_kv) for head in numbers(one.heads)]
+                    for one in shards))
+
+
+def merge(shards: Sequence[Shard]) -> Shard | None:
+    """One shard that computes what these do together; None where its heads would not share KV heads evenly."""
+    heads, kv_heads, ffn = (_union(r for one in shards for r in getattr(one, field))
+                            for field in ("heads", "kv_heads", "ffn"))
+    n_heads, n_kv_heads = length(heads), length(kv_heads)
+    if n_heads % n_kv_heads:
+        return None
+    # The merged rank lets its first heads use its first KV head, and so on: does that name the right ones?
+    pairs = sorted((head, kv) for one in shards for head, kv in _pairs(one))
+    q_numbers, kv_numbers = numbers(heads), numbers(kv_heads)
+    per_kv = n_heads // n_kv_heads
+    expected = [(head, kv_numbers[index // per_kv]) for index, head in enumerate(q_numbers)]
+    return Shard(heads, kv_heads, ffn, any(one.leads for one in shards)) if pairs == expected else None
+
+
+def _pairs(one: Shard) -> Iterable[Range]:
+    """Each head with the KV head that it uses."""
+    kv = numbers(one.kv_heads)
+    heads = numbers(one.heads)
+    return ((head, kv[index * len(kv) // len(heads)]) for index, head in enumerate(heads))
+
+
+def _union(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    merged: list[Range] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def length(ranges: Iterable[Range]) -> int:
+    return sum(end - start for start, end in ranges)
+
+
+def numbers(ranges: Iterable[Range]) -> list[int]:
+    """Every number in the ranges, in order."""
+    return [number for start, end in ranges for number in range(start, end)]

@@ -1,0 +1,195 @@
+"""A cluster of processes on loopback: the right answer, weights sent once, and losses that nobody notices but by a
+pause."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, cluster
+from edgert.generation import Generation
+from edgert.runtime import Runtime
+from edgert.text.sampler import SamplingParams
+from tensorpar.leader import ClusterEngine, ClusterOptions
+from tensorpar.profile import Profile
+
+TinyModel = Callable[..., Path]
+AtHome = Callable[[Path], None]
+PROMPT = list(range(5, 45))
+GREEDY = SamplingParams(temperature=0)
+ALL = ClusterOptions("all", discovery_s=0)
+
+
+@pytest.fixture
+def model(tiny_model: TinyModel) -> Path:
+    # Without quantisation, the order in which parts are added moves no token.
+    return tiny_model("qwen2", quantisation="F32", n_heads=8, n_kv_heads=4, head_dim=32, n_layers=4)
+
+
+@contextmanager
+def loaded(model: Path, options: ClusterOptions | None = ALL) -> Iterator[Runtime]:
+    with Runtime.load(model, threads=1, context=512, layout="plain", cluster=options) as runtime:
+        yield runtime
+
+
+def answer(runtime: Runtime, n_tokens: int = 24) -> Generation:
+    return runtime.generate(PROMPT, max_tokens=n_tokens, sampling=GREEDY)
+
+
+def alone(model: Path, n_tokens: int = 24) -> list[int]:
+    with loaded(model, None) as runtime:
+        generation = answer(runtime, n_tokens)
+        generation.result()
+        return generation.token_ids
+
+
+def names(runtime: Runtime) -> list[str]:
+    return [one["name"] for one in runtime.plan()["cluster"]["devices"]]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def test_an_answer_and_weights_that_are_sent_once(model: Path, tmp_path: Path, at_home: AtHome) -> None:
+    expected = alone(model)
+    with cluster(tmp_path, 2) as made:
+        at_home(made.leader_home)
+        for is_first in (True, False):
+            with loaded(model) as runtime:
+                generation = answer(runtime)
+                generation.result()
+                assert generation.token_ids == expected
+                sent = runtime.plan()["cluster"]["sent_slice_bytes"]
+                assert set(sent) == {"worker1", "worker2"}
+                assert all(n_bytes > 10_000 if is_first else n_bytes == 0 for n_bytes in sent.values())
+                collective = runtime.engine.collective
+                n_passes, n_layers = 24, 4
+                assert collective.n_broadcasts == n_passes
+                assert collective.n_all_reduces == n_passes * (2 * n_layers - 1)
+                assert collective.n_reduces == n_passes
+        assert len(list((made.leader_home / "cache" / "slices").iterdir())) == 1
+
+
+def lose(worker: WorkerProcess, how: str) -> None:
+    worker.signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(("n_workers", "how"), [(1, "killed"), (2, "killed"), (2, "stopped")])
+def test_a_lost_worker_costs_a_pause_and_no_token(model: Path, tmp_path: Path, at_home: AtHome, n_workers: int,
+                                                  how: str, caplog: pytest.LogCaptureFixture) -> None:
+    expected = alone(model)
+    with cluster(tmp_path, n_workers) as made, caplog.at_level(logging.WARNING):
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            got = []
+            for piece in answer(runtime):
+                got.append(piece.token_id)
+                if len(got) == 8:
+                    lose(made.workers[0], how)
+            assert got == expected
+            assert names(runtime) == ["leader", "worker2"][:n_workers]
+            assert "worker1 was lost" in caplog.text
+            second = answer(runtime)
+            second.result()
+            assert second.token_ids == expected
+
+
+def test_a_worker_lost_in_prefill(model: Path, tmp_path: Path, at_home: AtHome) -> None:
+    expected = alone(model)
+    with cluster(tmp_path, 1) as made:
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            lose(made.workers[0], "killed")
+            generation = answer(runtime)
+            generation.result()
+            assert generation.token_ids == expected
+
+
+def test_a_worker_that_comes_back_is_used_again(model: Path, tmp_path: Path, at_home: AtHome,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorpar.leader._LOOK_AGAIN_S", 0.0)
+    expected = alone(model)
+    with cluster(tmp_path, 1) as made:
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            made.workers[0].kill()
+            assert answer(runtime).result() is not None
+            assert names(runtime) == ["leader"]
+            made.workers[0].start()
+            generation = answer(runtime)
+            generation.result()
+            assert names(runtime) == ["leader", "worker1"]
+            assert generation.token_ids == expected
+
+
+def test_a_cancelled_answer_leaves_the_cluster_in_step(model: Path, tmp_path: Path, at_home: AtHome) -> None:
+    expected = alone(model)
+    with cluster(tmp_path, 2) as made:
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            for n_done in (1, 5):
+                generation = answer(runtime)
+                for number, _ in enumerate(generation, start=1):
+                    if number == n_done:
+                        generation.cancel()
+                assert generation.finish_reason == "cancelled"
+                again = answer(runtime)
+                again.result()
+                assert again.token_ids == expected
+
+
+def test_workers_wait_again_when_their_leader_is_gone(model: Path, tmp_path: Path, at_home: AtHome) -> None:
+    with cluster(tmp_path, 1) as made:
+        at_home(made.leader_home)
+        worker = made.workers[0]
+        with loaded(model) as runtime:
+            assert answer(runtime, 2).result() is not None
+            engine = runtime.engine
+            assert isinstance(engine, ClusterEngine)
+            files = [one.path for one in psutil.Process(worker.process.pid).memory_maps()]
+            assert any("slices" in one for one in files)
+        wait_until(lambda: "the leader has gone" in worker.log())
+        files = [one.path for one in psutil.Process(worker.process.pid).memory_maps()]
+        assert not any("slices" in one for one in files)
+        with loaded(model) as runtime:
+            assert names(runtime) == ["leader", "worker1"]
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+
+
+def test_a_small_model_is_faster_alone_and_the_plan_says_so(model: Path, tmp_path: Path, at_home: AtHome) -> None:
+    with cluster(tmp_path, 1) as made:
+        at_home(made.leader_home)
+        with loaded(model, ClusterOptions(discovery_s=0)) as runtime:
+            plan = runtime.plan()["cluster"]
+            assert [one["name"] for one in plan["devices"]] == ["leader"]
+            assert "this device alone" in plan["reason"] and "worker1" in plan["reason"]
+
+
+def test_a_worker_streams_within_its_own_budget(tiny_model: TinyModel, tmp_path: Path, at_home: AtHome,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    # A leader with room would take it all; with as little as the worker has, each gets a half.
+    monkeypatch.setattr("tensorpar.profile.measure", lambda n_threads, _: Profile(1e9, 2**20, n_threads))
+    model = tiny_model("llama", quantisation="F32", hidden_size=512, n_layers=6, ffn_size=4096, n_heads=8,
+                       n_kv_heads=4)
+    expected = alone(model, 6)
+    with cluster(tmp_path, 1, ("--memory", "120M")) as made:
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            generation = answer(runtime, 6)
+            generation.result()
+            assert generation.token_ids == expected
+        streamed = re.search(r"streamed_per_pass ([0-9.]+) MiB", made.workers[0].log())
+        assert streamed is not None and float(streamed[1]) > 1

@@ -1,0 +1,126 @@
+"""Frames and links: what is no frame is refused before memory is taken, and no wait is endless."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from edgert.errors import PeerLost
+from tensorpar.frames import HEADER_BYTES, VERSION, BadFrame, Header, Kind, Moment, pack, unpack
+from tensorpar.link import Link, parse_message
+
+N_FUZZ_CASES = 20_000
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Link, socket.socket]]:
+    """A link, and the bare socket at its other end."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(60)
+    link = Link(ours, rank=3)
+    yield link, theirs
+    link.close()
+    theirs.close()
+
+
+def test_a_header_says_what_was_packed() -> None:
+    moment = Moment(2, 2**32 - 1, 7)
+    assert unpack(pack(Kind.PART, moment, 100), 100) == Header(Kind.PART, moment, 100)
+    assert len(pack(Kind.PART, moment, 0)) == HEADER_BYTES == 24
+
+
+@pytest.mark.parametrize(("damage", "problem"), [
+    ((0, b"GET "), "magic"), ((4, bytes([VERSION + 1])), "version"), ((5, b"\0"), "kind"), ((5, b"\x40"), "kind"),
+    ((6, b"\1"), "kind"), ((20, struct.pack("<I", 101)), "101 bytes announced, 100 are allowed"),
+])
+def test_what_is_no_frame_is_refused(damage: tuple[int, bytes], problem: str) -> None:
+    raw = bytearray(pack(Kind.PART, Moment(1), 100))
+    raw[damage[0]:damage[0] + len(damage[1])] = damage[1]
+    with pytest.raises(BadFrame, match=problem):
+        unpack(raw, 100)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 2**16, 2**16 + 1, 2**20])
+def test_a_frame_arrives_as_it_was_sent(n_bytes: int) -> None:
+    a, b = (Link(one) for one in socket.socketpair())
+    payload = bytes(range(256)) * (n_bytes // 256) + bytes(n_bytes % 256)
+    sender = threading.Thread(target=a.send, args=(Kind.PART, Moment(1, 2, 3), payload))
+    sender.start()
+    assert b.peek(n_bytes) == b.peek(n_bytes) == Header(Kind.PART, Moment(1, 2, 3), n_bytes)
+    into = bytearray(n_bytes)
+    b.take(memoryview(into))
+    sender.join(60)
+    assert bytes(into) == payload
+    a.close()
+    b.close()
+
+
+def test_a_closed_a_silent_and_a_dead_peer_are_lost(ends: tuple[Link, socket.socket]) -> None:
+    link, theirs = ends
+    with pytest.raises(PeerLost, match="in time") as silent:
+        link.peek(within_s=0.01)
+    assert silent.value.rank == 3
+
+    def dead() -> None:
+        raise PeerLost(3, "no pulse")
+
+    link.check_alive = dead
+    with pytest.raises(PeerLost, match="no pulse"):
+        link.peek()
+    link.check_alive = lambda: None
+    theirs.sendall(pack(Kind.PART, Moment(1), 50)[:10])
+    theirs.close()
+    with pytest.raises(PeerLost, match="closed"):
+        link.peek()
+
+
+def test_a_wait_is_interrupted_between_frames_only(ends: tuple[Link, socket.socket]) -> None:
+    link, theirs = ends
+    link._interrupted = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        link.peek()
+    frame = pack(Kind.PROBE, Moment(0), 4) + b"done"
+    theirs.sendall(frame[:5])
+    timer = threading.Timer(0.12, theirs.sendall, [frame[5:]])  # more than two of the link's looks
+    timer.start()
+    into = bytearray(4)
+    link.take(memoryview(into))
+    assert into == b"done"
+    timer.join(60)
+
+
+def test_a_peer_that_does_not_read_is_not_waited_for(ends: tuple[Link, socket.socket]) -> None:
+    with pytest.raises(PeerLost, match="in time"):
+        ends[0].send(Kind.PART, Moment(1), bytes(2**24), within_s=0.05)
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 5000, b'{"a":' * 40 + b"1" + b"}" * 40,
+                                 b"{" + b"[]," * 9000 + b"}"])
+def test_a_message_is_a_shallow_object(raw: bytes) -> None:
+    with pytest.raises(BadFrame):
+        parse_message(raw)
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "fuzz_frames.py"
+    spec = importlib.util.spec_from_file_location("fuzz_frames", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fuzz_frames"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_damaged_frames_end_a_session_in_order(fuzz: ModuleType) -> None:
+    assert fuzz.serve(b"".join(fuzz.sound_stream()))[0] == "it closed the connection"
+    ends = {fuzz.run_case(7, number)[0] for number in range(N_FUZZ_CASES)}
+    assert len(ends) > 10  # many different refusals, and no other exception

@@ -1,0 +1,127 @@
+"""The user's own commands on hosts of their own: found over mDNS, paired by a code, and a cable that is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from namespaces import Family, Host, hosts, problem
+
+from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, pair
+
+_START = "import sys; from apps.cli.main import main; sys.exit(main())"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def namespaces_are_possible(require: Callable[[object, str], None]) -> None:
+    why_not = problem()
+    require(not why_not, why_not)
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("qwen2", quantisation="F32", n_heads=8, n_kv_heads=4, head_dim=32, n_layers=4)
+
+
+def start(host: Host, home: Path, *words: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([*host.prefix, sys.executable, "-c", _START, *map(str, words)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "EDGERT_HOME": str(home)})
+
+
+def run(host: Host, home: Path, *words: object) -> tuple[int, str, str]:
+    process = start(host, home, *words)
+    out, err = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.fixture
+def pairs_of_hosts() -> Iterator[Callable[[Family], list[Host]]]:
+    opened = []
+
+    def make(family: Family = "IPv4") -> list[Host]:
+        context = hosts(2, family)
+        opened.append(context)
+        return context.__enter__()
+
+    yield make
+    for one in opened:
+        one.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("family", ["IPv4", "IPv6"])
+def test_invite_join_up_run_without_an_address(model: Path, tmp_path: Path, family: Family,
+                                               pairs_of_hosts: Callable[[Family], list[Host]]) -> None:
+    laptop, pi = pairs_of_hosts(family)
+    home, other = tmp_path / "laptop", tmp_path / "pi"
+    assert run(laptop, home, "cluster", "init", "--name", "laptop")[0] == 0
+    inviting = start(laptop, home, "cluster", "invite", "--json")
+    assert inviting.stdout is not None
+    code = json.loads(inviting.stdout.readline())["code"]
+    status, out, err = run(pi, other, "cluster", "join", code, "--name", "pi")
+    assert (status, out) == (0, "Joined laptop. Now `edgert cluster up`.\n"), err
+    assert json.loads(inviting.communicate(timeout=DEADLINE_S)[0]) == {"joined": "pi"}
+    if family == "IPv6":
+        return
+    members = home / "config" / "cluster" / "members.json"
+    forgotten = json.loads(members.read_text())
+    forgotten["members"][0]["host"] = ""  # so that only mDNS knows where it is
+    members.write_text(json.dumps(forgotten))
+    worker = WorkerProcess("pi", other, 7440, prefix=pi.prefix).start()
+    try:
+        command = ("run", model, "hello", "--raw", "--temp", 0, "--max-tokens", 8, "--json", "--threads", 1)
+        alone = json.loads(run(laptop, home, *command)[1])
+        status, out, err = run(laptop, home, *command, "--cluster", "--devices", "all")
+        together = json.loads(out)
+        assert [one["name"] for one in together["plan"]["cluster"]["devices"]] == ["laptop", "pi"], err
+        assert together["token_ids"] == alone["token_ids"]
+    finally:
+        worker.kill()
+
+
+def test_a_cable_that_is_cut_in_an_answer(model: Path, tmp_path: Path,
+                                          pairs_of_hosts: Callable[[Family], list[Host]]) -> None:
+    laptop, pi = pairs_of_hosts("IPv4")
+    home = tmp_path / "laptop"
+    pair(home, tmp_path / "pi", "pi", pi.address, 7440)
+    worker = WorkerProcess("pi", tmp_path / "pi", 7440, ("--no-mdns",), pi.prefix).start()
+    command = ("run", model, "hello", "--raw", "--temp", 0, "--max-tokens", 400, "--threads", 1, "--context", 512)
+    try:
+        _, expected, _ = run(laptop, home, *command)
+        process = start(laptop, home, *command, "--cluster", "--devices", "all")
+        assert process.stdout is not None
+        begun = os.read(process.stdout.fileno(), 4)
+        pi.cut()
+        rest, err = process.communicate(timeout=DEADLINE_S)
+        assert begun + rest == expected.encode()
+        assert b"pi was lost" in err and process.returncode == 0
+    finally:
+        worker.kill()
+
+
+def test_the_doctor_names_what_is_wrong(tmp_path: Path, pairs_of_hosts: Callable[[Family], list[Host]]) -> None:
+    laptop, pi = pairs_of_hosts("IPv4")
+    home = tmp_path / "laptop"
+    pair(home, tmp_path / "pi", "pi", pi.address, 7440)
+    worker = WorkerProcess("pi", tmp_path / "pi", 7440, (), pi.prefix).start()
+    try:
+        status, out, _ = run(laptop, home, "cluster", "doctor")
+        assert status == 0 and "FAIL" not in out, out
+        for what in ("interfaces", "multicast here", *(f"pi: {one}" for one in ("mDNS", "port", "certificate",
+                                                                                  "version", "clock"))):
+            assert f"ok    {what}" in out
+        for one in (laptop, pi):
+            one.keep_multicast_back()
+        pair(home, tmp_path / "ghost", "ghost", pi.address, 7441)
+        pair(home, tmp_path / "other", "other", pi.address, 7440)  # it has forgotten this one, or was set up anew
+        status, out, _ = run(laptop, home, "cluster", "doctor")
+        failed = {": ".join(line.removeprefix("FAIL  ").split(": ")[:2]) for line in out.splitlines()
+                  if line.startswith("FAIL")}
+        assert status == 12
+        assert failed == {"pi: mDNS", "ghost: mDNS", "ghost: port", "other: mDNS", "other: certificate"}, out
+    finally:
+        worker.kill()

@@ -1,0 +1,101 @@
+"""Which devices are used: the fastest by prediction, and one alone where the network costs more than it brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgert.architectures.base import Hyperparameters
+from edgert.architectures.registry import open_architecture
+from edgert.gguf.model_file import ModelFile
+from edgert.paths import Paths
+from tensorpar.collectives import Algorithm, Network, choose, seconds
+from tensorpar.planner import Device, predictions, reason
+from tensorpar.plans import Plans
+from tensorpar.profile import Profile, measure
+from tensorpar.shares import Cut, covers, length, shard
+
+GIB = 2**30
+CUT = Cut(32, 8, 2, 14336, 256, 750_000_000, 3_200_000_000, 430_000_000, 300_000_000, 3_200_000_000)
+LAPTOP = Device("laptop", Profile(20e9, 16 * GIB, 4))
+
+
+@pytest.fixture
+def hp(tiny_model: Callable[..., Path]) -> Hyperparameters:
+    """Those of a model of 8 billion parameters, as far as they count."""
+    tiny = open_architecture(ModelFile.open(tiny_model("llama"))).hp
+    return replace(tiny, n_layers=32, hidden_size=4096)
+
+
+def test_the_collective_is_chosen_by_latency_and_bandwidth() -> None:
+    lan, slow = Network(1e-4, 1.2e8, True), Network(5e-3, 1e6, True)
+    assert choose(16384, 2, lan) == choose(16384, 2, slow) == "one-shot"
+    assert choose(8 * 2**20, 4, lan) == "scatter"
+    assert choose(8 * 2**20, 4, replace(lan, is_mesh=False)) == "star"
+    star, one_shot = (seconds(one, 16384, 2, Network(1e-3, 1e9, True)) for one in ("star", "one-shot"))
+    assert star / one_shot > 1.8
+
+
+@pytest.mark.parametrize("algorithm", ["star", "one-shot", "scatter"])
+def test_costs_grow_with_ranks_and_bytes(algorithm: Algorithm) -> None:
+    network = Network(1e-3, 1e8, True)
+    assert seconds(algorithm, 2000, 3, network) > seconds(algorithm, 1000, 3, network)
+    assert seconds(algorithm, 1000, 4, network) > seconds(algorithm, 1000, 3, network)
+
+
+def test_near_devices_are_used_and_far_ones_are_not(hp: Hyperparameters) -> None:
+    near = [Device(f"near{n}", Profile(20e9, 16 * GIB, 4), 1e-4, 1e9) for n in range(3)]
+    found = predictions(CUT, hp, [LAPTOP, *near])
+    assert found[0].devices == ("laptop", "near0", "near1", "near2") and len(found) == 8
+    assert "4 devices" in reason(found[0], found)
+    far = [replace(one, latency_s=5e-3) for one in near]
+    alone = predictions(CUT, hp, [LAPTOP, *far])
+    assert alone[0].devices == ("laptop",)
+    assert "this device alone" in reason(alone[0], alone) and "ms on the network" in reason(alone[0], alone)
+
+
+def test_a_model_that_no_device_holds_is_worth_a_slow_network(hp: Hyperparameters) -> None:
+    small = [Device(name, Profile(20e9, 2 * GIB + 300 * 2**20, 4), 5e-3, 1e9) for name in ("a", "b", "c")]
+    small[0] = replace(small[0], latency_s=0.0)
+    best = predictions(CUT, hp, small)[0]
+    assert len(best.devices) > 1 and best.missing_bytes == 0
+
+
+def test_a_faster_device_gets_more_and_a_full_one_no_more_than_it_holds(hp: Hyperparameters) -> None:
+    fast, tiny = Device("fast", Profile(60e9, 16 * GIB, 8), 1e-4, 1e9), Device("tiny", Profile(60e9, GIB, 8), 1e-4, 1e9)
+    three = next(one for one in predictions(CUT, hp, [LAPTOP, fast, tiny]) if len(one.devices) == 3)
+    assert covers(CUT, three.shards)
+    _, of_fast, of_tiny = (CUT.stored_bytes(one) for one in three.shards)
+    assert of_fast > 1.5 * of_tiny and of_tiny < 0.8 * GIB
+    two = next(one for one in predictions(CUT, hp, [LAPTOP, fast]) if len(one.devices) == 2)
+    assert 2.5 < CUT.read_bytes(two.shards[1]) / CUT.read_bytes(two.shards[0]) < 3.5
+
+
+def test_a_device_measures_itself() -> None:
+    profile = measure(1, 5 * GIB)
+    assert profile.memory_bytes == 5 * GIB and 1e8 < profile.bytes_per_s < 1e12
+    assert Profile.of_message(profile.to_dict()) == profile
+    for lie in (None, {}, {**profile.to_dict(), "bytes_per_s": -1}, {**profile.to_dict(), "n_threads": "2"},
+                {**profile.to_dict(), "bytes_per_s": float("nan")}):
+        with pytest.raises(ValueError, match="profile"):
+            Profile.of_message(lie)
+
+
+def test_plans_are_kept_and_doubted(tmp_path: Path) -> None:
+    paths = Paths(tmp_path, tmp_path, tmp_path)
+    plans, shards = Plans(paths), shard(CUT, [1.0, 2.0])
+    assert plans.get("key", CUT, 2) is None
+    plans.put("key", shards)
+    assert Plans(paths).get("key", CUT, 2) == shards
+    assert plans.get("key", CUT, 3) is None and plans.get("other", CUT, 2) is None
+    assert plans.get("key", replace(CUT, ffn_size=8192), 2) is None
+    for n in range(70):
+        plans.put(str(n), shards)
+    assert plans.get("key", CUT, 2) is None and plans.get("69", CUT, 2) == shards
+    for damage in ("", "[]", '{"69": 5}', '{"69": [{"heads": [[3, 1]]}]}'):
+        (tmp_path / "cluster-plans.json").write_text(damage)
+        assert plans.get("69", CUT, 2) is None
+    assert length(shards[0].heads) > 0

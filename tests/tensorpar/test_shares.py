@@ -1,0 +1,98 @@
+"""Shares of a model: everything is computed once, in whole units, by weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from edgert.errors import ClusterError
+from tensorpar.shares import Cut, Range, Shard, covers, divide, length, merge, shard
+
+LLAMA_8B = Cut(n_heads=32, n_kv_heads=8, head_unit=2, ffn_size=14336, ffn_unit=256, attention_bytes=750_000_000,
+               ffn_bytes=3_200_000_000, leader_bytes=430_000_000, replicated_bytes=300_000_000,
+               stored_ffn_bytes=3_200_000_000)
+QWEN_1_5B = Cut(12, 2, 2, 8960, 256, 90_000_000, 660_000_000, 191_000_000, 130_000_000, 660_000_000)
+
+
+@pytest.mark.parametrize(("n_units", "weights", "expected"), [
+    (8, [1, 1], [4, 4]), (8, [3, 1], [6, 2]), (9, [1, 1], [5, 4]), (3, [100, 1, 1], [1, 1, 1]),
+    (7, [5, 3, 2], [4, 2, 1]),
+    (4, [0, 0], [2, 2]), (5, [1, 0], [4, 1]),
+])
+def test_units_are_divided_by_weight_and_nobody_gets_none(n_units: int, weights: list[float],
+                                                          expected: list[int]) -> None:
+    assert divide(n_units, weights) == expected
+
+
+@pytest.mark.parametrize(("cut", "weights", "heads", "ffn"), [
+    (LLAMA_8B, [1], [(0, 32)], [(0, 14336)]),
+    (LLAMA_8B, [1, 1], [(0, 16), (16, 32)], [(0, 6144), (6144, 14336)]),  # the leader has the output head too
+    (LLAMA_8B, [5, 3, 2], [(0, 12), (12, 24), (24, 32)], [(0, 6656), (6656, 11264), (11264, 14336)]),
+    (QWEN_1_5B, [1, 1], [(0, 6), (6, 12)], [(0, 3072), (3072, 8960)]),
+    (QWEN_1_5B, [1, 1, 1], [(0, 2), (2, 6), (6, 12)], [(0, 1536), (1536, 5376), (5376, 8960)]),  # KV head 0 is twice
+])
+def test_heads_go_by_kv_groups_and_the_ffn_makes_up(cut: Cut, weights: list[float], heads: list[Range],
+                                                    ffn: list[Range]) -> None:
+    shards = shard(cut, weights)
+    assert [one.heads for one in shards] == [(one,) for one in heads]
+    assert [one.ffn for one in shards] == [(one,) for one in ffn]
+    assert [one.leads for one in shards] == [rank == 0 for rank in range(len(weights))]
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> Cut:
+    per_kv, n_kv_heads, head_unit = draw(st.integers(1, 8)), draw(st.integers(1, 16)), draw(st.sampled_from([1, 2, 4]))
+    n_heads = per_kv * n_kv_heads
+    if n_heads % head_unit:
+        head_unit = 1
+    ffn_unit = draw(st.sampled_from([1, 32, 256]))
+    sizes = st.integers(1, 10**9)
+    return Cut(n_heads, n_kv_heads, head_unit, ffn_unit * draw(st.integers(1, 64)), ffn_unit, draw(sizes), draw(sizes),
+               draw(sizes), draw(sizes), draw(sizes))
+
+
+@given(cuts(), st.data())
+def test_every_head_and_column_is_computed_once(cut: Cut, data: st.DataObject) -> None:
+    n_ranks = data.draw(st.integers(1, cut.max_ranks))
+    weights = data.draw(st.lists(st.floats(0.01, 100), min_size=n_ranks, max_size=n_ranks))
+    shards = shard(cut, weights)
+    assert covers(cut, shards)
+    assert all(length(one.heads) and length(one.ffn) for one in shards)
+    assert sum(cut.read_bytes(one) for one in shards) <= cut.total_bytes
+    assert sum(cut.read_bytes(one) for one in shards) > cut.total_bytes - 2 * n_ranks
+
+
+@given(cuts(), st.data())
+def test_a_merged_shard_computes_what_both_did(cut: Cut, data: st.DataObject) -> None:
+    assume(cut.max_ranks > 1)
+    n_ranks = data.draw(st.integers(2, cut.max_ranks))
+    shards = shard(cut, [1.0] * n_ranks)
+    lost = data.draw(st.integers(1, n_ranks - 1))
+    merged = merge([shards[0], shards[lost]])
+    if merged is not None:
+        others = [one for rank, one in enumerate(shards) if rank not in (0, lost)]
+        assert covers(cut, (merged, *others)) and merged.leads
+    else:
+        assert n_ranks * cut.group_unit > cut.n_heads  # only where a KV head is on several ranks
+
+
+def test_a_merge_that_would_give_a_kv_head_more_heads_than_another_is_refused() -> None:
+    first, second = Shard(((0, 2),), ((0, 1),), ((0, 1),), True), Shard(((4, 5),), ((1, 2),), ((1, 2),))
+    assert merge([first, second]) is None
+    assert merge([first, replace(second, heads=((4, 6),))]) == Shard(((0, 2), (4, 6)), ((0, 2),), ((0, 2),), True)
+
+
+def test_too_many_devices_are_refused_with_the_number_that_works() -> None:
+    assert QWEN_1_5B.max_ranks == 6
+    with pytest.raises(ClusterError, match="at most 6 devices, not 7"):
+        shard(QWEN_1_5B, [1.0] * 7)
+
+
+def test_plans_that_miss_a_part_do_not_cover() -> None:
+    first, second = shard(LLAMA_8B, [1, 1])
+    assert covers(LLAMA_8B, (first, second))
+    assert not covers(LLAMA_8B, (first,)) and not covers(LLAMA_8B, (first, first, second))
+    assert not covers(LLAMA_8B, (replace(first, kv_heads=((0, 2),)), second))
