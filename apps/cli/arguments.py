@@ -148,6 +148,9 @@ def cluster_options(args: argparse.Namespace) -> ClusterOptions | None:
     """What `add_cluster_options` asked for; None without --cluster."""
     if not getattr(args, "cluster", False):
         return None
+    from apps.cluster.extra import require_packages
+
+    require_packages()
     from tensorpar.leader import ClusterOptions
     from tensorpar.members import parse_address
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from apps.cli.arguments import Parser, add_model_options, token_count, whole
+from apps.cluster.extra import require_packages
 from edgert.units import parse_bytes
 
 _PORT = 7440
@@ -72,24 +73,28 @@ def _add_up(own: argparse._SubParsersAction[Any]) -> None:
 
 
 def _init(args: argparse.Namespace) -> int:
+    require_packages()
     from apps.cluster.pair import init
 
     return init(args.name)
 
 
 def _invite(args: argparse.Namespace) -> int:
+    require_packages()
     from apps.cluster.pair import invite
 
     return invite(args.port, as_json=args.json)
 
 
 def _join(args: argparse.Namespace) -> int:
+    require_packages()
     from apps.cluster.pair import join
 
     return join(args.code, args.peer, args.name, args.port)
 
 
 def _up(args: argparse.Namespace) -> int:
+    require_packages()
     from apps.cluster.up import up
 
     return up(args.port, memory_bytes=args.memory, n_threads=args.threads, cache_bytes=args.cache,
@@ -97,24 +102,28 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
+    require_packages()
     from apps.cluster.status import status
 
     return status(args.peer, watch=args.watch, as_json=args.json)
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    require_packages()
     from apps.cluster.doctor import doctor
 
     return doctor(args.peer)
 
 
 def _plan(args: argparse.Namespace) -> int:
+    require_packages()
     from apps.cluster.plan import plan
 
     return plan(args)
 
 
 def _forget(args: argparse.Namespace) -> int:
+    require_packages()
     from apps.cluster.pair import forget
 
     return forget(args.name)

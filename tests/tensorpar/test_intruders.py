@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from apps.cli.arguments import cluster_options
 from apps.cli.main import main
 from benchmarks.cluster_processes import DEADLINE_S, TestCluster, WorkerProcess, cluster, pair
 from edgert.errors import ClusterError
@@ -126,6 +128,18 @@ def test_what_cannot_be_done_is_said_with_the_next_step(tmp_path: Path, at_home:
     at_home(tmp_path)
     assert main(list(words)) == ClusterError.exit_code
     assert said in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(tmp_path: Path, at_home: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    at_home(tmp_path)
+    monkeypatch.setattr("apps.cluster.extra._PACKAGES", ("cryptography", "not_installed_anywhere"))
+    assert main(["cluster", "init"]) == ClusterError.exit_code
+    said = capsys.readouterr().err
+    assert "needs not_installed_anywhere" in said and "edgert[cluster]" in said
+    with pytest.raises(ClusterError, match="not_installed_anywhere"):  # `run --cluster` too
+        cluster_options(argparse.Namespace(cluster=True))
+    assert cluster_options(argparse.Namespace(cluster=False)) is None
 
 
 def test_a_device_is_forgotten(tmp_path: Path, at_home: Callable[[Path], None],
