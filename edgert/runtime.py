@@ -161,14 +161,14 @@ class Runtime:
         return self.generate(self.render(messages), **options)
 
     def render(self, messages: Sequence[Message | Mapping[str, object]],
-               tools: Sequence[Mapping[str, object]] | None = None, **extra: object) -> list[int]:
-        """The token ids of a conversation, up to where the answer begins; `tools` and `extra` are for the template."""
+               tools: Sequence[Mapping[str, object]] | None = None) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins; `tools` are for templates that tell them."""
         if not self.has_template or self.tokenizer is None:
             raise TemplateError(str(self.model.path), "the file has none")
         if self._template is None:
             self._template = ChatTemplate(self.model.get_str("tokenizer.chat_template"), path=str(self.model.path),
                                           bos_token=self.tokenizer.bos_text, eos_token=self.tokenizer.eos_text)
-        text = self._template.render(messages, tools=tools, **extra)
+        text = self._template.render(messages, tools=tools)
         has_bos = bool(self.tokenizer.bos_text) and text.startswith(self.tokenizer.bos_text)
         return self.tokenize(text, add_special=not has_bos)
 

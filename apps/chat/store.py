@@ -175,12 +175,13 @@ class Store:
 
     def search(self, text: str) -> list[Hit]:
         """Messages and titles with words that begin like those of `text`, the best first."""
-        words = [word for word in "".join(c if c.isalnum() else " " for c in text).split()][:_MAX_WORDS]
+        words = "".join(char if char.isalnum() else " " for char in text).split()[:_MAX_WORDS]
         if not words:
             return []
         rows = self._db.execute(
-            "SELECT f.chat_id, f.message_id, c.title, snippet(found, 0, char(2), char(3), '\N{HORIZONTAL ELLIPSIS}', 14) "
-            "AS snippet FROM found f JOIN chats c ON c.id = f.chat_id WHERE found MATCH ? ORDER BY rank LIMIT ?",
+            "SELECT f.chat_id, f.message_id, c.title, "
+            "snippet(found, 0, char(2), char(3), '\N{HORIZONTAL ELLIPSIS}', 14) AS snippet "
+            "FROM found f JOIN chats c ON c.id = f.chat_id WHERE found MATCH ? ORDER BY rank LIMIT ?",
             (" ".join(f'"{word}"*' for word in words), _MAX_HITS))
         return [Hit(row["chat_id"], row["message_id"], row["title"], row["snippet"]) for row in rows]
 

@@ -45,7 +45,8 @@ class Asked:
 
     @classmethod
     def from_frame(cls, frame: Mapping[str, Any]) -> Self:
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in frame.items()}
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                                  for name, value in frame.items()}
         if values.get("tools") is not None:
             tools = values["tools"]
             values["tools"] = ToolChoice(tuple(tools["functions"]), tools["use"], tools["name"])

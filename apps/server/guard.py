@@ -28,7 +28,7 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
                            "font-src 'self'; connect-src 'self'; form-action 'none'; base-uri 'none'; "
                            "frame-ancestors 'none'")
 _SAFETY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
-           "Content-Security-Policy": CONTENT_SECURITY_POLICY, "Cross-Origin-Resource-Policy": "same-origin"}
+           "Content-Security-Policy": CONTENT_SECURITY_POLICY}
 _CORS_METHODS, _CORS_HEADERS = "GET, POST, PATCH, PUT, DELETE", "authorization, content-type, x-edgert-client"
 
 
@@ -57,10 +57,11 @@ class Guard:
         connection = HTTPConnection(scope)
         origin = connection.headers.get("origin")
         cors = origin if origin in self._settings.cors_origins else None
+        headers = _encoded([*_SAFETY.items(), *_cors(cors)])
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_encoded(_SAFETY.items()), *_encoded(_cors(cors))]
+                message["headers"] = [*message["headers"], *headers]
             await send(message)
 
         reply = self._refusal(connection, scope, origin, cors)
@@ -111,7 +112,7 @@ def same_key(given: str, key: str) -> bool:
 def _cors(origin: str | None) -> Iterable[tuple[str, str]]:
     if origin is None:
         return ()
-    return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), ("Cross-Origin-Resource-Policy", "cross-origin"))
+    return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"))
 
 
 def _encoded(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:

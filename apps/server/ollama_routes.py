@@ -58,10 +58,10 @@ class OllamaRoutes:
         if model is None or model.description is None:
             raise Refusal(404, "the model cannot be read", "Fetch it again.", "model_not_found")
         known = model.description
-        return Json({"details": _tag(model)["details"], "capabilities": ["completion", "tools"], "license": known.licence,
-                     "model_info": {"general.architecture": known.architecture,
-                                    "general.parameter_count": known.n_parameters,
-                                    f"{known.architecture}.context_length": known.context_length}})
+        info = {"general.architecture": known.architecture, "general.parameter_count": known.n_parameters,
+                f"{known.architecture}.context_length": known.context_length}
+        return Json({"details": _tag(model)["details"], "capabilities": ["completion", "tools"],
+                     "license": known.licence, "model_info": info})
 
     async def chat(self, request: Request) -> Response:
         fields = Fields(await read_json(request))
@@ -151,7 +151,7 @@ def _options(fields: Fields) -> dict[str, Any]:
     options = fields.object("options") or Fields({})
     max_tokens = options.whole("num_predict", -2, 2**31 - 1)
     form = fields.raw("format")
-    schema: Mapping[str, Any] | None = {"type": "object"} if form == "json" else form if isinstance(form, Mapping) else None
+    schema: Any = {"type": "object"} if form == "json" else form if isinstance(form, Mapping) else None
     return {"max_tokens": max_tokens if max_tokens and max_tokens > 0 else None, "stop": read_stop(options),
             "sampling": read_sampling(options), "json_schema": schema}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,7 +50,8 @@ def read_chat(body: Any) -> Request:
     """A body of /v1/chat/completions. Raises InvalidRequest."""
     fields = Fields(body)
     _refuse(fields)
-    messages = tuple(read_message(one, f"messages[{i}]") for i, one in enumerate(fields.items("messages", MAX_MESSAGES)))
+    messages = tuple(read_message(one, f"messages[{i}]")
+                     for i, one in enumerate(fields.items("messages", MAX_MESSAGES)))
     if not messages:
         raise InvalidRequest("messages is empty", "Send at least one message.", "messages")
     schema, grammar = _response_format(fields)
@@ -127,7 +129,8 @@ def read_message(value: Any, where: str) -> dict[str, Any]:
         raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
     message: dict[str, Any] = {"role": {"developer": "system", "function": "tool"}.get(role, role),
                                "content": _content(fields)}
-    calls = [_tool_call(one, f"{where}.tool_calls[{i}]") for i, one in enumerate(fields.items("tool_calls", _MAX_TOOLS))]
+    calls = [_tool_call(one, f"{where}.tool_calls[{i}]")
+             for i, one in enumerate(fields.items("tool_calls", _MAX_TOOLS))]
     if calls:
         message["tool_calls"] = calls
     elif not fields.has("content"):
@@ -158,10 +161,8 @@ def _tool_call(value: Any, where: str) -> dict[str, Any]:
     arguments: Any = function.raw("arguments")
     if isinstance(arguments, str):  # OpenAI's form; templates want the value
         check_text(arguments, function.name("arguments"))
-        try:
+        with suppress(ValueError, RecursionError):  # a model's unfinished call, which it may see again as it was
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            pass  # a model's unfinished call, which it may see again as it was
     return {"type": "function", "function": {"name": function.required_text("name", 256), "arguments": arguments}}
 
 
@@ -202,12 +203,12 @@ def read_tools(fields: Fields) -> ToolChoice | None:
         if choice not in (None, "none", "auto"):
             raise InvalidRequest("tool_choice needs tools", "Send the functions in tools.", "tool_choice")
         return None
-    names = [function["name"] for function in functions]
+    names = [str(function["name"]) for function in functions]
     if len(set(names)) < len(names):
         raise InvalidRequest("two of the tools have the same name", "Give each a name of its own.", "tools")
     if isinstance(choice, Mapping):
         named = Fields(choice, "tool_choice").object("function")
-        name = named.required_text("name", _MAX_NAME_CHARS) if named is not None else None
+        name = named.required_text("name", _MAX_NAME_CHARS) if named is not None else ""
         if name not in names:
             raise fields.wrong("tool_choice", f"one of the tools: {', '.join(names)}")
         return ToolChoice(tuple(functions), "required", name)

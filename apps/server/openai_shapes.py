@@ -56,7 +56,7 @@ class Reply:
 
     def end(self, ended: Ended) -> dict[str, Any]:
         """The last chunk of the answer itself, with the figures that llama-server gives."""
-        empty = {"delta": {}} if self.kind == "chat" else {"text": ""}
+        empty: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
         reason = FINISH_REASONS.get(ended.finish_reason, ended.finish_reason)
         return self.chunk([{"index": 0, **empty, "logprobs": None, "finish_reason": reason}],
                           timings=dict(ended.timings))

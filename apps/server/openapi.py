@@ -102,5 +102,6 @@ def description() -> dict[str, Any]:
         "/api/tags": _operation("Ollama's list"), "/api/ps": _operation("Ollama's loaded models"),
         "/api/version": _operation("The version"),
     }
-    paths = {**{path: {"post": one} for path, one in posts.items()}, **{path: {"get": one} for path, one in gets.items()}}
+    paths = {**{path: {"post": one} for path, one in posts.items()},
+             **{path: {"get": one} for path, one in gets.items()}}
     return {"openapi": "3.1.0", "info": {"title": "edgert", "version": edgert.__version__}, "paths": paths}

@@ -116,8 +116,9 @@ class ModelProcess:
 
     def _kill(self, how: str) -> None:
         self._crash = self._crash or ModelCrashed(how)
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):  # not Process.kill, which may swallow the status that tells how it ended
+                os.kill(self._process.pid, signal.SIGKILL)
 
     def _open(self) -> tuple[int, asyncio.Queue[Frame]]:
         self._number += 1
@@ -159,12 +160,16 @@ class ModelProcess:
                 mailbox = self._mailboxes.get(frame.get("id", 0))
                 if mailbox is not None:  # whoever asked may have gone
                     mailbox.put_nowait(frame)
-        self._kill("has broken its protocol")
-        status = await self._process.wait()
-        self._crash = ModelCrashed(_how(status))
+        try:
+            async with asyncio.timeout(_CLOSE_DEADLINE_S):
+                self._crash = ModelCrashed(_how(await self._process.wait()))
+        except TimeoutError:  # it lives, but does not keep to the protocol
+            self._kill("has broken its protocol")
+            await self._process.wait()
+        crash = self._crash or ModelCrashed("has ended")
         for mailbox in self._mailboxes.values():
-            mailbox.put_nowait({"event": "error", "kind": "ModelCrashed", "message": self._crash.message,
-                                "next_step": self._crash.next_step, "fields": {"how": self._crash.how}})
+            mailbox.put_nowait({"event": "error", "kind": "ModelCrashed", "message": crash.message,
+                                "next_step": crash.next_step, "fields": {"how": crash.how}})
 
 
 def _how(status: int) -> str:

@@ -6,6 +6,7 @@ A client's name is only ever compared with names that are here; it is never take
 from __future__ import annotations
 
 import asyncio
+import builtins
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Shelf:
         """
         return await self._in_thread(lambda: self._find(name))
 
-    async def list(self) -> list[ShelfModel]:
+    async def list(self) -> builtins.list[ShelfModel]:
         """Every model that is whole, the served one first."""
         return await self._in_thread(self._list)
 
@@ -76,7 +77,7 @@ class Shelf:
             self._listed_s = now_s
         return look()
 
-    def _entries(self) -> list[ModelEntry]:
+    def _entries(self) -> builtins.list[ModelEntry]:
         return [entry for entry in self._catalog.entries if not entry.problem]
 
     def _find(self, name: str | None) -> tuple[str, Path]:
@@ -94,7 +95,7 @@ class Shelf:
             raise ModelNotFound(name, near(name, [one.name for one in entries]), "Name a model of /v1/models.")
         return entry.name, entry.path
 
-    def _list(self) -> list[ShelfModel]:
+    def _list(self) -> builtins.list[ShelfModel]:
         found = [self._model(entry.name, entry.path, entry.size_bytes) for entry in self._entries()]
         if self._served is not None and all(model.path != self._served for model in found):
             found.insert(0, self._model(self._served.stem, self._served, 0))

@@ -42,7 +42,8 @@ class StateRoutes:
         self._learned_from: tuple[str, float] | None = None
         host.measures.watch("edgert_requests_running", "Requests being answered", lambda: host.running is not None)
         host.measures.watch("edgert_requests_waiting", "Requests in the queue", lambda: host.n_waiting)
-        host.measures.watch("edgert_rss_bytes", "Resident memory of the server and the model's process", self._rss_bytes)
+        host.measures.watch("edgert_rss_bytes", "Resident memory of the server and the model's process",
+                            self._rss_bytes)
 
     def routes(self) -> list[Route]:
         health = answering_errors(self.health)

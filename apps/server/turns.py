@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from typing import Generic, TypeVar
 
-
 T = TypeVar("T")
 
 
-class Turns(Generic[T]):  # noqa: UP046 - Python 3.11 has no other way
+class Turns(Generic[T]):
     """At most `limit` waiting items. A client with many requests waits behind each other client's first one."""
 
     def __init__(self, limit: int) -> None:

@@ -35,7 +35,8 @@ class SamplingParams:
     """How to choose tokens; the defaults are llama.cpp's. Raises UsageError for values out of range.
 
     `temperature` 0 takes the likeliest token. `top_k` 0, `top_p` 1, `min_p` 0, `repeat_penalty` 1 and the other
-    penalties 0 switch their sampler off. `seed` None draws one. `logit_bias` adds to the logits of single tokens; -inf bans a token.
+    penalties 0 switch their sampler off. `seed` None draws one. `logit_bias` adds to the logits of single tokens; -inf
+    bans a token.
     """
 
     temperature: float = 0.8

@@ -99,7 +99,7 @@ function memory() {
   const toBytes = (step) => Math.round(LEAST_BYTES * (total / LEAST_BYTES) ** (step / STEPS));
   const toStep = (n) => Math.round(Math.log(Math.max(1, n / LEAST_BYTES)) / Math.log(total / LEAST_BYTES) * STEPS);
   const now = state.server?.budget_bytes ?? null;
-  const output = h("output", {}, now ? bytes(now) : `${bytes(state.models?.budget_bytes ?? total)} (what is free)`);
+  const output = h("output", {}, now ? bytes(now) : `${bytes(state.models?.budget_bytes ?? total)} (all that is free)`);
   const plan = h("div", { "aria-live": "polite" });
   const use = h("button", { type: "button", class: "button main", disabled: true, onclick: () => load(toBytes(Number(slider.value))) }, "Use this budget");
   const free = h("button", { type: "button", class: "button", disabled: now === null, onclick: () => load(null) }, "Use what is free");
@@ -110,7 +110,7 @@ function memory() {
   } });
   slider.setAttribute("aria-valuetext", output.textContent);
   if (model) predict(model, now ?? state.models?.budget_bytes ?? total, plan);
-  return h("div", {}, h("h3", {}, "Memory"), h("label", { class: "field" }, h("span", {}, "Budget for the model", output), slider), plan, h("div", { class: "buttons" }, use, free));
+  return h("div", {}, h("h3", {}, "Memory"), h("label", { class: "field" }, h("span", {}, "Budget", output), slider), plan, h("div", { class: "buttons" }, use, free));
 }
 
 async function predict(model, budget, box) {
