@@ -78,7 +78,7 @@ def _chat(value: Any, where: str) -> tuple[Chat, list[Message]]:
     ids: dict[str, str] = {}
     messages = [_message(one, f"{where}.messages[{i}]", chat_id, ids)
                 for i, one in enumerate(fields.items("messages", MAX_MESSAGES))]
-    settings = fields.raw("settings") or {}
+    settings = fields.raw("settings") if fields.has("settings") else {}
     Fields(settings, f"{where}.settings")
     leaf = ids.get(fields.text("leaf_id", "") or "", messages[-1].id if messages else None)
     created_ms = fields.whole("created_ms", 0, _MAX_MS, now_ms()) or now_ms()

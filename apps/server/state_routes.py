@@ -107,8 +107,10 @@ class StateRoutes:
                 continue
         return total
 
-    async def models(self, _: Request) -> Response:
-        """Every model with its forecast within the budget that holds now."""
+    async def models(self, request: Request) -> Response:
+        """Every model with its forecast within the budget that holds now; ?fresh=1 looks at the disk first."""
+        if request.query_params.get("fresh") == "1":
+            self._host.shelf.forget()
         budget_bytes = self.budget_bytes()
         models = await self._host.shelf.list()
         return Json({"budget_bytes": budget_bytes, "available_bytes": self._probe.available_bytes(),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
 
 @pytest.mark.parametrize(("host", "status"), [
     ("127.0.0.1", 200), ("localhost:1234", 200), ("[::1]:7441", 200), ("127.0.0.1:80", 200),
-    ("evil.example", 403), ("evil.example:7441", 403), ("127.0.0.1.evil.example", 403), ("192.168.1.4", 403), ("", 403)])
+    ("evil.example", 403), ("evil.example:7441", 403), ("127.0.0.1.evil.example", 403), ("192.168.1.4", 403),
+    ("", 403)])
 def test_only_this_machines_names_are_answered(host: str, status: int, served: Served) -> None:
     assert served.ask("GET", "/edgert/state", headers={"Host": host})[0] == status
 
@@ -62,8 +62,9 @@ def test_beyond_loopback_a_key_is_made_once_and_required(keyed: Served, tiny: Pa
     key = keyed.said.partition("): ")[2].split()[0]
     assert len(key) >= 24
     path = keyed.home / "config" / "api-key"
-    assert path.read_text().strip() == key and stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {key}"}, {"Cookie": "edgert-key=x"}):
+    assert path.read_text().strip() == key and stat.S_IMODE(path.stat().st_mode) == 0o600
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {key}"},
+                    {"Cookie": "edgert-key=x"}):
         status, body = keyed.ask("GET", "/v1/models", headers=headers)
         assert (status, body["error"]["code"]) == (401, "invalid_api_key")
     assert keyed.ask("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})[0] == 200

@@ -42,8 +42,8 @@ def test_frames_pass_and_what_is_none_is_refused() -> None:
     frame = {"op": "x", "text": "h\u00e9\u0000\ud7ff"}
     assert read_frame(io.BytesIO(encode(frame))) == frame
     assert read_frame(io.BytesIO(b"")) is None and read_frame(io.BytesIO(encode(frame)[:-1])) is None
-    for raw in (struct.pack(">I", MAX_FRAME_BYTES + 1), struct.pack(">I", 2) + b"[]", struct.pack(">I", 4) + b"{\xff}\x00",
-                struct.pack(">I", 0)):
+    for raw in (struct.pack(">I", MAX_FRAME_BYTES + 1), struct.pack(">I", 2) + b"[]",
+                struct.pack(">I", 4) + b"{\xff}\x00", struct.pack(">I", 0)):
         with pytest.raises(ComputeError):
             read_frame(io.BytesIO(raw))
 
@@ -56,7 +56,8 @@ def test_a_request_survives_the_pipe() -> None:
 
 def test_functions_are_told_in_words_where_the_template_knows_none() -> None:
     call = {"type": "function", "function": {"name": "now", "arguments": {}}}
-    told = tools.told([{"role": "system", "content": "be kind"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+    told = tools.told([{"role": "system", "content": "be kind"},
+                       {"role": "assistant", "content": "", "tool_calls": [call]},
                        {"role": "tool", "content": "noon", "tool_call_id": "1"}], [{"name": "now"}])
     assert told[0]["content"].startswith("be kind\n\n") and '{"name": "now"}' in told[0]["content"]
     assert told[1] == {"role": "assistant", "content": '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'}
@@ -78,7 +79,8 @@ def test_calls_are_read_and_cut_ones_are_not(text: str, call: tuple[str, str] | 
 
 
 def test_the_oldest_turn_goes_whole_and_the_last_one_stays() -> None:
-    talk = [{"role": role, "content": str(i)} for i, role in enumerate(("system", "user", "assistant", "user", "assistant", "user"))]
+    roles = ("system", "user", "assistant", "user", "assistant", "user")
+    talk = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
     shorter = without_oldest(talk)
     assert [one["content"] for one in shorter] == ["0", "3", "4", "5"]
     assert [one["content"] for one in without_oldest(without_oldest(shorter))] == ["0", "5"]
@@ -90,7 +92,8 @@ MODEL = Shape(file_bytes=1000 * MIB, active_bytes=1000 * MIB, kv_bytes_per_token
 SPEEDS = Speeds(memory_bytes_s=10_000 * MIB, disk_bytes_s=1000 * MIB)
 
 
-@pytest.mark.parametrize(("budget_mib", "verdict", "rate"), [(2000, "fits", 10), (800, "streams", 1000 / 446), (220, "too slow", 1)])
+@pytest.mark.parametrize(("budget_mib", "verdict", "rate"), [
+    (2000, "fits", 10), (800, "streams", 1000 / 446), (220, "too slow", 1)])
 def test_a_forecast_goes_by_the_bytes_of_a_token(budget_mib: int, verdict: str, rate: float) -> None:
     told = forecast(MODEL, budget_mib * MIB, 4096, SPEEDS)
     assert told.verdict == verdict and told.tokens_per_s == pytest.approx(rate, rel=0.01)
@@ -109,8 +112,8 @@ def test_speeds_are_learned_from_answers() -> None:
     assert speeds.disk_bytes_s == 1200 * MIB and speeds.memory_bytes_s == 25_000 * MIB and speeds.measured
 
 
-@pytest.mark.parametrize(("host", "is_it"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.9.9.9", True),
-                                             ("0.0.0.0", False), ("::", False), ("192.168.0.1", False), ("box", False)])
+@pytest.mark.parametrize(("host", "is_it"), [
+    ("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.9.9.9", True), ("0.0.0.0", False), ("::", False), ("192.168.0.1", False), ("box", False)])
 def test_loopback_is_known(host: str, is_it: bool) -> None:
     assert is_loopback(host) == is_it
 

@@ -44,7 +44,8 @@ def post_raw(server: Served, body: dict[str, Any]) -> socket.socket:
     """A request whose reply nobody waits for yet."""
     data = json.dumps(body).encode()
     sock = socket.create_connection(("127.0.0.1", server.port))
-    sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n\r\n"
+    sock.sendall(head.encode() + data)
     return sock
 
 
@@ -126,9 +127,9 @@ def test_a_model_is_loaded_when_asked_and_given_back_when_idle(tmp_path: Path, t
         status, body = server.ask("POST", "/v1/chat/completions", {"model": tiny.stem, "messages": HELLO,
                                                                    "max_tokens": 1})
         assert status == 200 and body["model"] == tiny.stem
-        pid = server.until(lambda state: True, "")["process"]
-        server.until(lambda state: state["process"] is None, "unloading")
-        assert pid is None or not psutil.pid_exists(pid)
+        (worker,) = psutil.Process(server.process.pid).children()
+        server.until(lambda state: state["process"] is None and not worker.is_running(), "unloading")
+        assert server.ask("POST", "/v1/chat/completions", {"messages": HELLO, "max_tokens": 1})[0] in (200, 404)
 
 
 def test_a_server_that_is_killed_takes_its_model_with_it(tmp_path: Path, tiny: Path) -> None:
@@ -181,7 +182,7 @@ def test_tokens_are_counted_and_a_budget_can_be_set_and_refused(tmp_path: Path, 
         assert status == 200 and counted["counts"][0] > 0 == counted["counts"][1]
         status, told = server.ask("POST", "/edgert/models/load", {"memory": 2**20})
         assert status == 503 and "smallest that works" in told["error"]["message"]
-        status, loaded = server.ask("POST", "/edgert/models/load", {"memory": 2**30})
+        status, _ = server.ask("POST", "/edgert/models/load", {"memory": 2**30})
         assert status == 200 and server.state()["budget_bytes"] == 2**30
         assert server.ask("POST", "/v1/chat/completions", {"messages": HELLO, "max_tokens": 1})[0] == 200
         assert server.ask("POST", "/edgert/models/unload")[0] == 200 and server.state()["process"] is None

@@ -40,7 +40,7 @@ export function startComposer() {
 export function setText(text) { $("composer-text").value = text; update(); $("composer-text").focus(); }
 
 async function attach(list) {
-  for (const file of list) {
+  for (const file of [...list]) { // the list itself is emptied when its event is over
     const entry = { name: file.name, busy: true };
     files.push(entry);
     showFiles();

@@ -15,11 +15,11 @@ export function startModels() {
   $("model-button").addEventListener("click", choose);
   on("models", show);
   on("chat", show);
-  on("reload-models", reload);
+  on("reload-models", () => reload());
 }
 
-export async function reload() {
-  state.models = await get("/edgert/models");
+export async function reload(fresh = false) {
+  state.models = await get(`/edgert/models${fresh ? "?fresh=1" : ""}`);
   changed("models");
 }
 
@@ -75,7 +75,7 @@ async function offer(inDialog) {
   const cards = h("div", { class: "cards" }, first.suggestions.map((one) => h("div", { class: "card" }, h("strong", {}, one.title), badge(one.forecast), h("p", {}, one.about),
     h("span", { class: "facts" }, `${bytes(one.size_bytes)} to fetch`), h("button", { type: "button", class: "button main", onclick: () => fetchModel(one.model, running) }, "Get it"))));
   const own = h("p", { class: "own" }, "Or use a file of your own: put a .gguf file into ", h("code", {}, first.models_dir), ", or start ", h("code", {}, "edgert chat FILE.gguf"), ". ",
-    h("button", { type: "button", class: "quiet", onclick: () => guarded(reload) }, "Look again"));
+    h("button", { type: "button", class: "quiet", onclick: () => guarded(() => reload(true)) }, "Look again"));
   if (inDialog) {
     const box = dialog("Get a model", cards, running, own, h("div", { class: "buttons" }, h("button", { type: "button", class: "button", onclick: () => box.close() }, "Close")));
   } else {
@@ -96,6 +96,6 @@ async function fetchModel(model, box) {
       await new Promise((resolve) => { setTimeout(resolve, POLL_MS); });
     }
     box.replaceChildren(h("p", {}, "It is here."));
-    await reload();
+    await reload(true);
   });
 }

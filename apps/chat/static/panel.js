@@ -17,7 +17,7 @@ let asked = 0;
 export function startPanel() {
   $("panel-button").addEventListener("click", toggle);
   on("chat", () => { if (!$("panel").hidden) show(); });
-  on("models", () => { if (!$("panel").hidden && !$("panel").contains(document.activeElement)) show(); });
+  on("models", () => { if (!$("panel").hidden && !$("panel").contains(document.activeElement)) show(); }); // nobody's typing is lost
   on("server", showFacts);
 }
 
@@ -29,7 +29,7 @@ export function toggle() {
   if (panel.hidden) { $("panel-button").focus(); return; }
   show();
   panel.querySelector("button").focus();
-  get("/edgert/presets").then((reply) => { presets = reply.presets; show(); });
+  get("/edgert/presets").then((reply) => { presets = reply.presets; listPresets(); }); // the rest stays: somebody may be typing
 }
 
 const target = () => state.chat ?? state.draft;
@@ -42,8 +42,7 @@ async function save(values) {
 function show() {
   const { system, settings } = target();
   const area = h("textarea", { value: system ?? "", placeholder: "How the model should behave in this conversation", onchange: () => save({ system: area.value }) });
-  const choice = h("select", { "aria-label": "Preset", onchange: () => apply(choice.value) },
-    h("option", { value: "" }, "Presets…"), presets.map((preset) => h("option", { value: preset.id }, preset.name)));
+  const choice = h("select", { id: "presets", "aria-label": "Preset", onchange: () => apply(choice.value) });
   $("panel").replaceChildren(
     h("div", { class: "panel-head" }, h("h2", {}, "Settings"), iconButton("close", "Close settings", toggle)),
     memory(),
@@ -53,7 +52,12 @@ function show() {
       numberField("max_tokens", "Longest answer, in tokens", settings, 1), numberField("seed", "Seed", settings, 0),
       h("button", { type: "button", class: "quiet", onclick: async () => { await save({ settings: {} }); show(); } }, "Back to the defaults")),
     h("h3", {}, "Now"), h("dl", { class: "facts-list", id: "facts" }));
+  listPresets();
   showFacts();
+}
+
+function listPresets() {
+  $("presets")?.replaceChildren(h("option", { value: "" }, "Presets…"), ...presets.map((preset) => h("option", { value: preset.id }, preset.name)));
 }
 
 function parameter([name, label, low, high, step, usual], settings) {
@@ -129,10 +133,14 @@ async function predict(model, budget, box) {
 }
 
 async function load(budget) {
-  notice("Loading the model within this budget…");
   await guarded(async () => {
+    notice("Loading the model within this budget…");
     await post("/edgert/models/load", { model: modelOf(), memory: budget });
+    notice("");
+    state.server = await get("/edgert/state");
     changed("reload-models");
+    show();
+    $("memory").focus();
   });
 }
 
