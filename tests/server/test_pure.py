@@ -113,7 +113,8 @@ def test_speeds_are_learned_from_answers() -> None:
 
 
 @pytest.mark.parametrize(("host", "is_it"), [
-    ("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.9.9.9", True), ("0.0.0.0", False), ("::", False), ("192.168.0.1", False), ("box", False)])
+    ("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.9.9.9", True),
+    ("0.0.0.0", False), ("::", False), ("192.168.0.1", False), ("box", False)])
 def test_loopback_is_known(host: str, is_it: bool) -> None:
     assert is_loopback(host) == is_it
 
