@@ -33,6 +33,23 @@ class UsageError(EdgertError):
     exit_code = 2
 
 
+class InvalidRequest(UsageError):
+    """A request that a client sent is not one: `param` names what is wrong in it."""
+
+    def __init__(self, message: str, next_step: str = "", param: str | None = None) -> None:
+        super().__init__(message, next_step)
+        self.param = param
+
+
+class QueueFull(EdgertError):
+    """More requests wait than the server takes; `retry_after_s` is when there may be room."""
+
+    def __init__(self, n_waiting: int, retry_after_s: int) -> None:
+        super().__init__(f"{n_waiting} requests are waiting already", f"Try again in {retry_after_s} s.")
+        self.n_waiting = n_waiting
+        self.retry_after_s = retry_after_s
+
+
 class ModelNotFound(EdgertError):
     """No file, name or repository answers to `model`; `near` holds similar names that do exist."""
 
@@ -169,6 +186,15 @@ class PeerLost(ClusterError):
         super().__init__(f"device {rank} was lost: {why}", "Start `edgert cluster up` on it again.")
         self.rank = rank
         self.why = why
+
+
+class ModelCrashed(ComputeError):
+    """The process that computes a model has ended, or does not answer; a new one is started for the next request."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(f"the model's process {how}", "Ask again: it is started anew. If it ends again, try another "
+                         "model file, or less --context.")
+        self.how = how
 
 
 class Interrupted(EdgertError):

@@ -19,6 +19,7 @@ from edgert.engine.account import Account, Laps
 from edgert.engine.engine import Engine
 from edgert.errors import UsageError
 from edgert.ggml.backend import Cancelled
+from edgert.text.logprobs import TokenLogprobs, token_logprobs
 from edgert.text.sampler import Sampler
 from edgert.text.stream import TextStream
 
@@ -39,6 +40,7 @@ class Piece:
     text: str
     token_id: int
     time_ms: float
+    logprobs: TokenLogprobs | None = None  # where they were asked for
 
 
 @dataclass(slots=True)
@@ -83,7 +85,8 @@ class Generation:
 
     def __init__(self, engine: Engine, prompt_ids: Sequence[int], sampler: Sampler, stream: TextStream, *,
                  max_tokens: int | None, is_end: Callable[[int], bool], on_tokens: Callable[[list[int]], None],
-                 constraint: Constraint | None = None, speculation: Speculation | None = None) -> None:
+                 constraint: Constraint | None = None, speculation: Speculation | None = None,
+                 n_logprobs: int | None = None) -> None:
         self.prompt_token_ids = list(prompt_ids)
         self.token_ids: list[int] = []
         self.text = ""
@@ -91,7 +94,7 @@ class Generation:
         self.timings = Timings(cache_n=engine.kv.length, prompt_n=len(prompt_ids) - engine.kv.length)
         self._engine, self._sampler, self._stream = engine, sampler, stream
         self._is_end, self._on_tokens, self._constraint = is_end, on_tokens, constraint
-        self._speculation = speculation
+        self._speculation, self._n_logprobs = speculation, n_logprobs
         room = engine.kv.context_length - len(self.prompt_token_ids)
         self._max_tokens = room if max_tokens is None else min(max_tokens, room)
         self._cancelled, self._lock = threading.Event(), threading.RLock()  # a signal handler may cancel anywhere
@@ -163,7 +166,7 @@ class Generation:
         n_right = 0
         try:
             for row, guess in zip(logits, [*draft, None], strict=True):
-                piece = self._emit(self._choose(row), guess)
+                piece = self._emit(self._choose(row), guess, row)
                 if piece is None:
                     return
                 n_right += piece.token_id == guess
@@ -173,7 +176,7 @@ class Generation:
         finally:
             self._keep(draft, n_right)
 
-    def _emit(self, token_id: int, guess: int | None) -> Piece | None:
+    def _emit(self, token_id: int, guess: int | None, logits: NDArray[np.float32]) -> Piece | None:
         """Say the token. None for an end token, which is not said; the last piece sets `finish_reason`."""
         timings, now = self.timings, self._elapsed_ms()
         self._laps.rest(timings.predicted)
@@ -190,7 +193,7 @@ class Generation:
         shown = self._stream.push(token_id)
         self.text += shown
         self.finish_reason = self._ended()
-        return Piece(shown, token_id, now)
+        return Piece(shown, token_id, now, self._logprobs(logits, token_id))
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         constraint = self._constraint
@@ -199,6 +202,9 @@ class Generation:
         if constraint is not None:
             constraint.accept(token_id)
         return token_id
+
+    def _logprobs(self, logits: NDArray[np.float32], token_id: int) -> TokenLogprobs | None:
+        return None if self._n_logprobs is None else token_logprobs(logits, token_id, self._n_logprobs)
 
     def _ended(self) -> FinishReason | None:
         if self._stream.stopped or (self._constraint is not None and self._constraint.is_complete):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -35,6 +35,7 @@ from edgert.memory.probe import MemoryProbe
 from edgert.models.catalog import Catalog
 from edgert.paths import Paths
 from edgert.speculation import MAX_PASS_TOKENS, DraftLength, Speculate, Speculation
+from edgert.text.logprobs import check_n_top
 from edgert.text.sampler import Sampler, SamplingParams
 from edgert.text.stream import TextStream
 from edgert.text.template import ChatTemplate, Message
@@ -135,15 +136,19 @@ class Runtime:
 
     def generate(self, prompt: str | bytes | Sequence[int], *, max_tokens: int | None = None,
                  sampling: SamplingParams | None = None, stop: Sequence[str] = (),
-                 json_schema: JSONSchema | None = None, grammar: str | None = None) -> Generation:
+                 json_schema: JSONSchema | None = None, grammar: str | None = None,
+                 logprobs: int | None = None) -> Generation:
         """Continue a text (taken as it is, no template) or token ids.
 
         `max_tokens` None goes on until the model ends or the context is full. `json_schema` (its text, or a dict) or
-        `grammar` (GBNF) says what the answer must look like. Tokens that the KV cache holds from the request before
+        `grammar` (GBNF) says what the answer must look like. With `logprobs`, each piece tells its token's logprob and
+        those of as many alternatives (0 to 20). Tokens that the KV cache holds from the request before
         are not computed again. Raises UsageError for an empty prompt, ContextOverflow for a long one, GrammarError.
         """
         prompt_ids = self.tokenize(prompt) if isinstance(prompt, (str, bytes)) else [index(one) for one in prompt]
         self._check(prompt_ids, max_tokens)
+        if logprobs is not None:
+            check_n_top(logprobs)
         constraint = self._constraint(json_schema, grammar)
         self._reuse_prefix(prompt_ids)
         tokenizer = self.tokenizer
@@ -151,21 +156,23 @@ class Runtime:
             self.engine, prompt_ids, Sampler(sampling or SamplingParams(), self.engine.arch.hp.vocab_size),
             TextStream(tokenizer.piece if tokenizer else lambda _: b"", stop), max_tokens=max_tokens,
             is_end=tokenizer.is_end_of_generation if tokenizer else lambda _: False,
-            on_tokens=self._kv_token_ids.extend, constraint=constraint, speculation=self._speculation(prompt_ids))
+            on_tokens=self._kv_token_ids.extend, constraint=constraint, speculation=self._speculation(prompt_ids),
+            n_logprobs=logprobs)
         return self._running
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
         """Answer a conversation through the file's chat template. Options as for `generate`; raises TemplateError."""
         return self.generate(self.render(messages), **options)
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, up to where the answer begins."""
+    def render(self, messages: Sequence[Message | Mapping[str, object]],
+               tools: Sequence[Mapping[str, object]] | None = None) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins; `tools` are for templates that tell them."""
         if not self.has_template or self.tokenizer is None:
             raise TemplateError(str(self.model.path), "the file has none")
         if self._template is None:
             self._template = ChatTemplate(self.model.get_str("tokenizer.chat_template"), path=str(self.model.path),
                                           bos_token=self.tokenizer.bos_text, eos_token=self.tokenizer.eos_text)
-        text = self._template.render(messages)
+        text = self._template.render(messages, tools=tools)
         has_bos = bool(self.tokenizer.bos_text) and text.startswith(self.tokenizer.bos_text)
         return self.tokenize(text, add_special=not has_bos)
 

@@ -116,6 +116,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, and how it is opened."""
     parser.add_argument("model", metavar="MODEL", help="a path, a name of `edgert list`, or user/repo:quant")
+    add_engine_options(parser)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """How a model is opened."""
     group = parser.add_argument_group("model")
     group.add_argument("--memory", type=parse_bytes, metavar="SIZE",
                        help="memory for the whole process, such as 600M; weights beyond it stream from disk")

@@ -34,8 +34,9 @@ _MIN_KEEP = 1
 class SamplingParams:
     """How to choose tokens; the defaults are llama.cpp's. Raises UsageError for values out of range.
 
-    `temperature` 0 takes the likeliest token. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch their
-    sampler off. `seed` None draws one. `logit_bias` adds to the logits of single tokens; -inf bans a token.
+    `temperature` 0 takes the likeliest token. `top_k` 0, `top_p` 1, `min_p` 0, `repeat_penalty` 1 and the other
+    penalties 0 switch their sampler off. `seed` None draws one. `logit_bias` adds to the logits of single tokens; -inf
+    bans a token.
     """
 
     temperature: float = 0.8
@@ -44,6 +45,8 @@ class SamplingParams:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     repeat_last_n: int = 64
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
@@ -55,6 +58,8 @@ class SamplingParams:
         _check_number("min_p", self.min_p, 0.0, 1.0)
         _check_number("repeat_penalty", self.repeat_penalty, 0.01, _MAX_PENALTY)
         _check_whole("repeat_last_n", self.repeat_last_n, 0, MAX_REPEAT_LAST_N)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, MAX_SEED)
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
@@ -73,7 +78,8 @@ class SamplingParams:
 
     @property
     def penalises(self) -> bool:
-        return self.repeat_penalty != 1 and self.repeat_last_n > 0
+        return self.repeat_last_n > 0 and (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) != (
+            1, 0, 0)
 
 
 def _check_number(name: str, value: float, minimum: float, maximum: float) -> None:
@@ -113,7 +119,8 @@ class Sampler:
             biases = [LogitBias(token_id, bias) for token_id, bias in params.logit_bias.items()]
             chain.add("logit_bias", self.n_vocab, len(biases), (LogitBias * len(biases))(*biases))
         if params.penalises:
-            chain.add("penalties", self.n_vocab, params.repeat_last_n, params.repeat_penalty, 0.0, 0.0)
+            chain.add("penalties", self.n_vocab, params.repeat_last_n, params.repeat_penalty,
+                      params.frequency_penalty, params.presence_penalty)
         if params.temperature == 0:
             chain.add("greedy")
             return chain

@@ -1,0 +1,90 @@
+"""What a model would do here within a budget: fit, stream, or be too slow; and about how fast.
+
+The one seam to whoever predicts speeds: `forecast` goes by bytes, since every token reads every active weight once,
+from memory where it stays and from disk where it does not. Figures of the device come in as `Speeds`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from edgert.models.describe import Description
+
+Verdict = Literal["fits", "streams", "too slow"]
+# Before anything was measured here: a small board's memory, and a cheap SSD read past the page cache.
+_MEMORY_BYTES_S, _DISK_BYTES_S = 8e9, 1e9
+# Slower than this, nobody reads along.
+TOO_SLOW_TOK_S = 0.5
+# Beside weights and KV: the interpreter, libraries, vocabulary and compute buffers (edgert/runtime.py).
+_PROCESS_BYTES = 192 * 2**20
+_WINDOW_SHARE = 0.05  # of the weights: what streams passes through a window of about this size
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Bytes per second from memory, as computing sees it, and from disk; `measured` where an answer has shown it."""
+
+    memory_bytes_s: float = _MEMORY_BYTES_S
+    disk_bytes_s: float = _DISK_BYTES_S
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a forecast needs to know of a model. `active_bytes` of the weights are read for every token."""
+
+    file_bytes: int
+    active_bytes: int
+    kv_bytes_per_token: int
+    context_length: int | None
+
+    @classmethod
+    def of(cls, model: Description) -> Shape:
+        active = model.file_bytes
+        if model.n_experts and model.n_experts_used:
+            idle = 1 - min(1.0, model.n_experts_used / model.n_experts)
+            active -= int(model.block_bytes["experts"] * idle)
+        return cls(model.file_bytes, max(1, active), (model.kv_bytes_per_token or {}).get("f16", 0),
+                   model.context_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A model within a budget. Bytes in memory by kind; `streamed_bytes` are read from disk for every token."""
+
+    verdict: Verdict
+    tokens_per_s: float
+    measured: bool
+    budget_bytes: int
+    pinned_bytes: int
+    kv_bytes: int
+    other_bytes: int
+    streamed_bytes: int
+    needed_bytes: int  # to keep everything in memory
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens_per_s": round(self.tokens_per_s, 2)}
+
+
+def forecast(model: Shape, budget_bytes: int, context_length: int, speeds: Speeds) -> Forecast:
+    """The model within `budget_bytes` for the whole process."""
+    kv_bytes = model.kv_bytes_per_token * min(context_length, model.context_length or context_length)
+    needed_bytes = model.file_bytes + kv_bytes + _PROCESS_BYTES
+    room_bytes, window_bytes = budget_bytes - kv_bytes - _PROCESS_BYTES, int(_WINDOW_SHARE * model.file_bytes)
+    pinned_bytes = model.file_bytes if needed_bytes <= budget_bytes else max(0, room_bytes - window_bytes)
+    streamed_bytes = int((model.file_bytes - pinned_bytes) * model.active_bytes / model.file_bytes)
+    # Reading goes on beside computing: the slower of the two counts.
+    seconds = max(model.active_bytes / speeds.memory_bytes_s, streamed_bytes / speeds.disk_bytes_s, 1e-6)
+    verdict: Verdict = "streams" if streamed_bytes else "fits"
+    if seconds * TOO_SLOW_TOK_S > 1 or (streamed_bytes and room_bytes < window_bytes):
+        verdict = "too slow"
+    return Forecast(verdict, 1 / seconds, speeds.measured, budget_bytes, pinned_bytes, kv_bytes, _PROCESS_BYTES,
+                    streamed_bytes, needed_bytes)
+
+
+def learned(speeds: Speeds, model: Shape, tokens_per_s: float, streamed_bytes: int) -> Speeds:
+    """Speeds after an answer at `tokens_per_s`, which read `streamed_bytes` of every token from disk."""
+    if streamed_bytes:
+        return replace(speeds, disk_bytes_s=streamed_bytes * tokens_per_s, measured=True)
+    return replace(speeds, memory_bytes_s=model.active_bytes * tokens_per_s, measured=True)

@@ -1,0 +1,72 @@
+"""What a server counts, in Prometheus' terms; the names follow vLLM's.
+
+A registry of its own for every server, so that two of them in one process do not mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from apps.server.asked import Ended
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_TTFT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10)
+
+
+class Measures:
+    """Counters of one server; `page` is what /metrics gives."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.prompt_tokens = Counter("edgert_prompt_tokens", "Prompt tokens computed", registry=registry)
+        self.cached_tokens = Counter("edgert_cached_prompt_tokens", "Prompt tokens that the KV cache held",
+                                     registry=registry)
+        self.generation_tokens = Counter("edgert_generation_tokens", "Tokens of answers", registry=registry)
+        self.read_bytes = Counter("edgert_weight_read_bytes", "Weights read from disk because they do not stay",
+                                  registry=registry)
+        self.requests = Counter("edgert_requests", "Requests that ended", ["finish_reason"], registry=registry)
+        self.failed = Counter("edgert_requests_failed", "Requests that failed", ["kind"], registry=registry)
+        self.refused = Counter("edgert_requests_refused", "Requests refused because the queue was full",
+                               registry=registry)
+        self._first = Histogram("edgert_time_to_first_token_seconds", "From request to first token", registry=registry,
+                                buckets=_TTFT_BUCKETS)
+        self._between = Histogram("edgert_inter_token_latency_seconds", "Between two tokens", registry=registry,
+                                  buckets=_TOKEN_BUCKETS)
+        self._kv_ratio = Gauge("edgert_kv_cache_usage_ratio", "Share of the context in use", registry=registry)
+        self._weight_bytes = Gauge("edgert_weight_cache_bytes", "Weights that stay in memory", registry=registry)
+        self.tokens_per_s: dict[str, float] = {}  # by model: the last answer's
+        self._streamed_bytes = 0
+
+    def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """Add a gauge that is read whenever the page is."""
+        Gauge(name, what, registry=self._registry).set_function(read)
+
+    def token(self, first_s: float | None, between_s: float | None) -> None:
+        """A token came: the first one of an answer after `first_s`, any other `between_s` after the one before."""
+        if first_s is not None:
+            self._first.observe(first_s)
+        if between_s is not None:
+            self._between.observe(between_s)
+
+    def ended(self, event: Ended, model: str) -> None:
+        """Count an answer."""
+        self.prompt_tokens.inc(event.prompt_tokens - event.cached_tokens)
+        self.cached_tokens.inc(event.cached_tokens)
+        self.generation_tokens.inc(event.completion_tokens)
+        self.requests.labels(finish_reason=event.finish_reason).inc()
+        streamed = int(event.memory.get("streamed_bytes") or 0)
+        self.read_bytes.inc(streamed - self._streamed_bytes if streamed >= self._streamed_bytes else streamed)
+        self._streamed_bytes = streamed
+        self._weight_bytes.set(int(event.memory.get("pinned_bytes") or 0))
+        speed = event.timings.get("predicted_per_second")
+        if speed and event.completion_tokens >= 8:  # fewer tell more of the first token than of the model
+            self.tokens_per_s[model] = float(speed)
+
+    def context_used(self, ratio: float) -> None:
+        self._kv_ratio.set(ratio)
+
+    def page(self) -> bytes:
+        return generate_latest(self._registry)
