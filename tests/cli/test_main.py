@@ -46,7 +46,8 @@ def test_every_exit_status_is_documented(edgert: Command) -> None:
         assert f" {status}" in documented.partition("exit status:")[2].replace(":", " ").replace("(", " ")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["bench", "--help"], ["pull", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["bench", "--help"], ["pull", "--help"],
+                                   ["serve", "--help"], ["chat", "--help"]])
 def test_help_fits_on_80_columns_and_succeeds(words: list[str], edgert: Command,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -106,7 +107,8 @@ def test_a_defect_is_one_line_and_its_traceback_comes_with_verbose(edgert: Comma
 def test_help_imports_nothing_heavy() -> None:
     code = ("import sys; from apps.cli.main import main; main(['run', '--help']); main(['--help']); "
             "print('heavy:', [name for name in ('numpy', 'rich', 'ctypes', 'jinja2', 'psutil', 'urllib.request', "
-            "'llama_cpp', 'edgert.runtime', 'asyncio', 'http.client', 'readline') if name in sys.modules])")
+            "'llama_cpp', 'edgert.runtime', 'asyncio', 'http.client', 'readline', 'starlette', 'uvicorn', 'sqlite3') "
+            "if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
