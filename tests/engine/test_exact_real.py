@@ -68,7 +68,7 @@ def pair(request: pytest.FixtureRequest, real_model: RealModel) -> Iterator[Pair
         yield Pair(oracle, engine, layout == "repack" and not engine.weights.repacked_bytes)
 
 
-@pytest.mark.parametrize(("pair", "prompt"), cases(), indirect=["pair"])
+@pytest.mark.parametrize(("pair", "prompt"), list(cases()), indirect=["pair"])
 def test_greedy_tokens_are_llama_cpps(pair: Pair, prompt: str) -> None:
     if pair.repacks_nothing and prompt != "code":
         return  # SmolLM2 on x86: both layouts are one
