@@ -10,7 +10,7 @@ import os
 import resource
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,22 @@ class Outcome:
     read_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class SlowDisk:
+    """A bound on reads: `device` is the whole disk's major:minor."""
+
+    device: str
+    bytes_s: int
+
+
+def whole_disk(path: Path) -> str:
+    """major:minor of the disk that holds `path`: the kernel bounds disks, not partitions."""
+    number = path.stat().st_dev
+    own = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    disk = own.parent if (own / "partition").exists() else own
+    return (disk / "dev").read_text().strip()
+
+
 def is_possible() -> bool:
     """Whether this process may make a memory control group."""
     directory = _ROOT if (_ROOT / "cgroup.controllers").exists() else _ROOT / "memory"
@@ -42,13 +58,16 @@ def drop_page_cache() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("1")
 
 
-def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float) -> Outcome:
+def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float, *, slow_disk: SlowDisk | None = None,
+                environment: Mapping[str, str] | None = None) -> Outcome:
     """Run `command` in a group of its own. Raises TimeoutExpired; the group is removed in any case."""
     unified = (_ROOT / "cgroup.controllers").exists()
     group = (_ROOT if unified else _ROOT / "memory") / f"edgert-{os.getpid()}-{time.monotonic_ns()}"
     if unified:
         (_ROOT / "cgroup.subtree_control").write_text("+memory")
     group.mkdir()
+    disk_group = _slow_group(group, unified, slow_disk) if slow_disk else None
+    groups = [group] if disk_group in (None, group) else [group, disk_group]
     try:
         (group / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(limit_bytes))
         swap = group / ("memory.swap.max" if unified else "memory.swappiness")
@@ -56,7 +75,8 @@ def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float) -> O
             swap.write_text("0")
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout_s, check=False,
-                              preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None)
+                              env=None if environment is None else {**os.environ, **environment},
+                              preexec_fn=lambda: _enter(groups))
         read = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock - before) * 512
         events, kills = (group / "memory.events", group / "memory.events") if unified else \
             (group / "memory.failcnt", group / "memory.oom_control")
@@ -64,7 +84,25 @@ def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float) -> O
                        int((group / ("memory.peak" if unified else "memory.max_usage_in_bytes")).read_text()),
                        _count(events, "max") if unified else int(events.read_text()), _count(kills, "oom_kill"), read)
     finally:
-        _remove(group)
+        for one in groups:
+            _remove(one)
+
+
+def _slow_group(group: Path, unified: bool, disk: SlowDisk) -> Path:
+    """The group that bounds the disk: the same one (v2), or one of the blkio controller (v1)."""
+    if unified:
+        (_ROOT / "cgroup.subtree_control").write_text("+io")
+        (group / "io.max").write_text(f"{disk.device} rbps={disk.bytes_s}")
+        return group
+    found = _ROOT / "blkio" / group.name
+    found.mkdir()
+    (found / "blkio.throttle.read_bps_device").write_text(f"{disk.device} {disk.bytes_s}")
+    return found
+
+
+def _enter(groups: Sequence[Path]) -> None:
+    for group in groups:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _count(path: Path, key: str) -> int:

@@ -20,8 +20,10 @@ import numpy as np
 from edgert.cpu import usable_cores
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
+from edgert.memory.probe import MemoryProbe
 from edgert.paths import Paths
-from edgert.runtime import EngineOptions, open_engine
+from edgert.planning import EngineOptions, Planning
+from edgert.runtime import open_engine
 
 load_libraries()  # before the peer: both then compute with the same OpenMP settings
 
@@ -35,7 +37,8 @@ class Edgert:
 
     def __init__(self, path: Path, n_threads: int) -> None:
         options = EngineOptions(context=2048, n_threads=n_threads)
-        self.engine = open_engine(ModelFile.open(path), Paths.of_user(), options)
+        with Planning(ModelFile.open(path), Paths.of_user(), options, MemoryProbe()) as planning:
+            self.engine = open_engine(planning, planning.plan())
 
     def step(self, token_ids: list[int]) -> None:
         self.engine.step(np.array(token_ids, np.int32))

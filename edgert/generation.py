@@ -48,6 +48,9 @@ class Timings:
     predicted_n: int = 0
     predicted_ms: float = 0.0
     time_to_first_token_ms: float = 0.0
+    forecast_per_second: float | None = None
+    """Tokens per second that the plan promised for the answer's beginning; None on a device that is not calibrated."""
+    forecast_time_to_first_token_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
@@ -79,6 +82,7 @@ class Generation:
         room = engine.kv.context_length - len(self.prompt_token_ids)
         self._max_tokens = room if max_tokens is None else min(max_tokens, room)
         self._cancelled, self._lock = threading.Event(), threading.RLock()  # a signal handler may cancel anywhere
+        self.decoded_n, self.decode_s = 0, 0.0  # steps of one token, without the time that the reader took between them
         self._start = time.perf_counter()
         self._pieces = self._run()
 
@@ -150,7 +154,9 @@ class Generation:
                 return
             if self._cancelled.is_set():
                 raise Cancelled
+            start = time.perf_counter()
             logits = self._step([token_id])
+            self.decoded_n, self.decode_s = self.decoded_n + 1, self.decode_s + time.perf_counter() - start
             assert engine.kv.length == len(self.prompt_token_ids) + len(self.token_ids)
 
     def _choose(self, logits: NDArray[np.float32]) -> int:

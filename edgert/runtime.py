@@ -10,29 +10,28 @@ import resource
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from edgert.architectures.base import MAX_CONTEXT, Architecture
-from edgert.architectures.registry import open_architecture
+from edgert.architectures.base import Architecture
 from edgert.cpu import usable_cores
-from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.engine import Engine
-from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache, KVType, kv_bytes_per_token
-from edgert.engine.layouts import LayoutChoice, choose_layouts
+from edgert.engine.kv_cache import KVType
+from edgert.engine.layouts import LayoutChoice, Layouts
 from edgert.engine.resident import ResidentWeights
 from edgert.engine.trace import OFF, Trace
 from edgert.errors import ContextOverflow, ModelFileError, TemplateError, UsageError
-from edgert.generation import Generation
-from edgert.ggml.backend import Backend
+from edgert.generation import Generation, Timings
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
+from edgert.memory.governor import Governor
+from edgert.memory.model import Prediction
+from edgert.memory.planner import Plan, predict_pass
 from edgert.memory.probe import MemoryProbe
 from edgert.models.catalog import Catalog
 from edgert.paths import Paths
+from edgert.planning import EngineOptions, Planning
 from edgert.text.sampler import Sampler, SamplingParams
 from edgert.text.stream import TextStream
 from edgert.text.template import ChatTemplate, Message
@@ -44,25 +43,24 @@ if TYPE_CHECKING:
     from edgert.text.constraint import Constraint, Constraints, JSONSchema
 
 _log = logging.getLogger(__name__)
-# Without --context: as much as the model was trained for, up to this. KV takes memory only as it fills.
-DEFAULT_CONTEXT_LENGTH = 8192
-_MIN_CONTEXT_LENGTH, _MAX_BATCH = 8, 8192
-_MAX_THREADS = 512  # GGML_MAX_N_THREADS; libgomp crashes on many more
-# Within a budget and without --context, the KV cache gets this share, weights the rest; but never fewer tokens.
-_KV_SHARE, _MIN_DEFAULT_CONTEXT = 0.125, 1024
-# Beside weights and KV: interpreter, libraries, vocabulary and compute buffers of a large vocabulary.
-_RESIDENT_OVERHEAD_BYTES = 192 * 2**20
-# Other programs' memory is not ours to push out.
-_SHARE_OF_AVAILABLE = 0.9
+# Of shorter answers, single tokens say more about the moment than about the device.
+_LEARN_FROM_TOKENS = 16
 
 
 class Runtime:
     """One model, ready to answer. One request at a time; `Generation.cancel` may come from any thread."""
 
-    def __init__(self, model: ModelFile, engine: Engine, tokenizer: Tokenizer | None, budget_bytes: int | None,
-                 trace: Trace) -> None:
+    def __init__(self, model: ModelFile, engine: Engine, tokenizer: Tokenizer | None, planning: Planning, plan: Plan,
+                 trace: Trace, learn: bool) -> None:
         self.model, self.engine, self.tokenizer, self._trace = model, engine, tokenizer, trace
-        self._budget_bytes = budget_bytes
+        self._planning, self._plan, self._learns = planning, plan, learn
+        self.governor: Governor | None = None  # where weights stream
+        if plan.sizes.weights == "streamed":
+            from offload.window import WindowWeights
+
+            assert isinstance(engine.weights, WindowWeights)
+            self.governor = Governor(plan, engine.weights, engine.kv, MemoryProbe())
+            engine.between_steps = self.governor.before_step
         self._template: ChatTemplate | None = None
         self._kv_token_ids: list[int] = []  # what the KV cache holds
         self._running: Generation | None = None
@@ -72,13 +70,15 @@ class Runtime:
     @classmethod
     def load(cls, model: str | Path, *, memory: str | int | None = None, context: int | None = None,
              threads: int | None = None, batch: int = 512, kv_type: KVType = "f16",
-             layout: LayoutChoice = "auto", models_dirs: Sequence[Path] = (), trace: Path | None = None) -> Self:
+             layout: LayoutChoice = "auto", models_dirs: Sequence[Path] = (), trace: Path | None = None,
+             learn: bool = True) -> Self:
         """Open a model: a path, a name that `edgert list` shows, or `user/repo:quant`.
 
         `memory` (bytes, or a text such as "600M") is a budget for the whole process; weights that it does not hold
         stream from disk. Without it, the budget is what the machine or the control group has left. `context` and
         `batch` count tokens. Memory without a budget: the file's pages (shared with the page cache), a repacked copy
-        of the matrices that compute faster so, the KV cache as it fills, and the compute buffer.
+        of the matrices that compute faster so, the KV cache as it fills, and the compute buffer. On a device that
+        `edgert plan` has measured, answers correct its profile, unless `learn` is False.
         Raises ModelNotFound, ModelFileError, OutOfMemory (BudgetTooSmall), UsageError, NativeLibraryError.
         """
         paths, tracer = Paths.of_user(), Trace(trace) if trace else OFF
@@ -92,12 +92,13 @@ class Runtime:
             vocabulary = pool.submit(_open_tokenizer, file, tracer)
             if options.memory_bytes is not None:
                 vocabulary.result()  # a budget must know what it takes
-            with tracer.span("weights", "load"):
-                engine = open_engine(file, paths, options, tracer)
+            with tracer.span("weights", "load"), Planning(file, paths, options, MemoryProbe()) as planning:
+                plan = planning.plan()
+                engine = open_engine(planning, plan, tracer)
             try:
                 tokenizer = vocabulary.result()
                 _check_vocabulary(file, tokenizer, engine.arch)
-                return cls(file, engine, tokenizer, options.memory_bytes, tracer)
+                return cls(file, engine, tokenizer, planning, plan, tracer, learn)
             except BaseException:
                 engine.close()
                 raise
@@ -133,6 +134,7 @@ class Runtime:
         prompt_ids = self.tokenize(prompt) if isinstance(prompt, (str, bytes)) else [index(one) for one in prompt]
         self._check(prompt_ids, max_tokens)
         constraint = self._constraint(json_schema, grammar)
+        self._learn()
         self._reuse_prefix(prompt_ids)
         tokenizer = self.tokenizer
         self._running = Generation(
@@ -140,7 +142,28 @@ class Runtime:
             TextStream(tokenizer.piece if tokenizer else lambda _: b"", stop), max_tokens=max_tokens,
             is_end=tokenizer.is_end_of_generation if tokenizer else lambda _: False,
             on_tokens=self._kv_token_ids.extend, constraint=constraint)
+        self._forecast(self._running.timings)
         return self._running
+
+    def _forecast(self, timings: Timings) -> None:
+        """What the plan promises for this answer, where the device is calibrated."""
+        if self._planning.is_calibrated:
+            n_prompt, n_cached = timings.prompt_n, timings.cache_n
+            timings.forecast_per_second = round(1 / self._predict(1, n_cached + n_prompt).total_s, 3)
+            timings.forecast_time_to_first_token_ms = round(self._predict(n_prompt, n_cached).total_s * 1000, 3)
+
+    def _predict(self, n_tokens: int, n_cached: int) -> Prediction:
+        return predict_pass(self._planning.demand, self._planning.profile, self._plan, n_tokens, n_cached)
+
+    def _learn(self) -> None:
+        """Correct the device's profile by the last answer."""
+        answer, self._running = self._running, None
+        if answer is None or not self._learns or not self._planning.is_calibrated or \
+                answer.decoded_n < _LEARN_FROM_TOKENS or (self.governor is not None and self.governor.given_bytes):
+            return
+        expected = self._predict(1, self.engine.kv.length - answer.decoded_n // 2)
+        self._planning.learn("disk" if expected.limit == "disk" else "compute",
+                             answer.decode_s / answer.decoded_n / expected.total_s)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
         """Answer a conversation through the file's chat template. Options as for `generate`; raises TemplateError."""
@@ -193,7 +216,7 @@ class Runtime:
     def memory(self) -> dict[str, int | None]:
         """Bytes: what is pinned, what was streamed so far, what the KV cache holds, and the process's peak."""
         weights, kv = self.engine.weights, self.engine.kv
-        return {"budget_bytes": self._budget_bytes, "peak_rss_bytes": peak_rss_bytes(),
+        return {"budget_bytes": self._planning.options.memory_bytes, "peak_rss_bytes": peak_rss_bytes(),
                 "pinned_bytes": weights.pinned_bytes, "streamed_bytes": weights.streamed_bytes,
                 "kv_resident_bytes": kv.size_bytes // kv.n_cells * kv.length, "kv_selected_tokens": None,
                 "compute_bytes": self.engine.compute_bytes}
@@ -207,6 +230,7 @@ class Runtime:
         """Give everything back. Safe to call twice."""
         if self._running is not None and self._running.finish_reason is None:
             self._running.close()
+        self._learn()
         self._closed = True
         self.engine.close()
         if self.tokenizer is not None:
@@ -236,75 +260,23 @@ def _check_vocabulary(file: ModelFile, tokenizer: Tokenizer | None, arch: Archit
                              f"{arch.hp.vocab_size}")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How to open an engine: bytes or None for what is left, tokens or None for the default, and layouts."""
-
-    memory_bytes: int | None = None
-    context: int | None = None
-    n_threads: int = 1
-    batch_size: int = 512
-    kv_type: KVType = "f16"
-    layout: LayoutChoice = "auto"
-
-
-def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Trace = OFF) -> Engine:
-    """The engine for a file: resident where everything fits, streaming where it does not."""
-    arch = open_architecture(file)
-    batch_size, context_length = options.batch_size, _context_length(arch, options)
-    if not 1 <= batch_size <= _MAX_BATCH:
-        raise UsageError(f"--batch {batch_size} is not between 1 and {_MAX_BATCH}")
-    if not 1 <= options.n_threads <= _MAX_THREADS:
-        raise UsageError(f"--threads {options.n_threads} is not between 1 and {_MAX_THREADS}")
-    with ExitStack() as opened:
-        backend = Backend(options.n_threads)
-        opened.callback(backend.close)
-        kv = DenseKVCache(backend, arch.hp, context_length, options.kv_type)
-        opened.callback(kv.close)
-        engine = _compose(file, arch, backend, kv, paths, options, trace)
-        opened.pop_all()
-    return engine
-
-
-def _compose(file: ModelFile, arch: Architecture, backend: Backend, kv: DenseKVCache, paths: Paths,
-             options: EngineOptions, trace: Trace) -> Engine:
-    budget_bytes, batch_size, probe = options.memory_bytes, options.batch_size, MemoryProbe()
-    needed_bytes = file.file_bytes + kv.size_bytes + _RESIDENT_OVERHEAD_BYTES
-    left_bytes = probe.process_bytes() + int(probe.available_bytes() * _SHARE_OF_AVAILABLE)
-    if needed_bytes > (left_bytes if budget_bytes is None else budget_bytes):
+def open_engine(planning: Planning, plan: Plan, trace: Trace = OFF) -> Engine:
+    """The engine of the sizes that the plan says. It owns what `planning` has opened."""
+    file, arch, backend, kv = planning.file, planning.arch, planning.backend, planning.kv
+    if plan.sizes.weights == "streamed":
         from offload.loading import open_window
 
-        graphs = BlockwiseGraphs(backend, arch, kv)
-        try:
-            weights = open_window(backend, file, arch, kv, graphs, budget_bytes or left_bytes, batch_size=batch_size,
-                                  probe=probe, trace=trace)
-        except BaseException:
-            graphs.close()
-            raise
-        return Engine(arch, weights, kv, backend, batch_size=batch_size, graphs=graphs, trace=trace)
-    # Within a budget weights are as the file holds them, resident or streamed: the budget never changes an answer.
-    layout = "plain" if budget_bytes is not None and options.layout == "auto" else options.layout
-    matrices = frozenset(t.type.id for t in file.tensors.values() if len(t.shape) > 1)
-    layouts = choose_layouts(layout, backend, matrices, paths.cache / "layouts.json")
+        planning.graphs.part_tokens = plan.sizes.part_tokens
+        weights = open_window(backend, file, arch, planning.pieces, plan, trace=trace)
+        engine = Engine(arch, weights, kv, backend, batch_size=plan.batch_size, graphs=planning.graphs, trace=trace)
+        planning.release()
+        return engine
+    layouts = Layouts({"prefill": frozenset(), "decode": frozenset(), **plan.sizes.repacked})
     _log.info("repacked tensor types: %s", {phase: sorted(types) for phase, types in layouts.repacked.items()})
-    return Engine(arch, ResidentWeights(backend, file, arch, layouts), kv, backend, batch_size=batch_size, trace=trace)
-
-
-def _context_length(arch: Architecture, options: EngineOptions) -> int:
-    trained = arch.hp.context_length
-    if options.context is None:
-        length = min(trained, DEFAULT_CONTEXT_LENGTH)
-        if options.memory_bytes is None:
-            return length
-        affordable = int(options.memory_bytes * _KV_SHARE) // kv_bytes_per_token(arch.hp, options.kv_type)
-        return min(length, max(_MIN_DEFAULT_CONTEXT, affordable // CELLS_PER_BUCKET * CELLS_PER_BUCKET))
-    if options.context < _MIN_CONTEXT_LENGTH:
-        raise UsageError(f"a context of {options.context} tokens holds nothing", f"At least {_MIN_CONTEXT_LENGTH}.")
-    if options.context > MAX_CONTEXT:
-        raise UsageError(f"a context of {options.context} tokens is beyond every memory", f"At most {MAX_CONTEXT}.")
-    if options.context > trained:
-        _log.warning("the model was trained for %d tokens; --context %d goes beyond", trained, options.context)
-    return options.context
+    resident = ResidentWeights(backend, file, arch, layouts)
+    planning.release()
+    planning.graphs.close()
+    return Engine(arch, resident, kv, backend, batch_size=plan.batch_size, trace=trace)
 
 
 def peak_rss_bytes() -> int:

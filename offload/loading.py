@@ -1,7 +1,7 @@
-"""Fitting a model into a budget: what everything but weights takes, then a window over the rest.
+"""What everything but weights takes, measured before a weight is read; and opening weights of the planned sizes.
 
-The budget is for the whole process. What the process, the KV cache and the compute buffers take is measured, not
-guessed: graphs of the largest shapes are laid out before the first byte of a weight is read.
+The process, and the compute buffers, which ggml lays out for graphs of the largest shapes without weights. How much
+is pinned and how wide the window is, the plan says (edgert/memory/planner.py).
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from edgert.engine.batch import MAX_DECODE_TOKENS, Batch, Phase
 from edgert.engine.blockwise import MAX_GRAPHS, PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Solo
 from edgert.engine.engine import forward
+from edgert.engine.fused import FusedGraphs
 from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache
 from edgert.engine.trace import OFF, Trace
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
 from edgert.gguf.model_file import ModelFile
+from edgert.memory.planner import Plan
 from edgert.memory.probe import MemoryProbe
+from edgert.memory.shape import Overheads
 from offload.arena import HUGE_PAGE_BYTES, Arena
 from offload.direct_file import forget_cached
 from offload.embedding import EmbeddingRows
-from offload.residency import Piece, Residency, choose, cut
+from offload.residency import Piece, Residency, choose
 from offload.window import WindowWeights
 
 # What the process still grows by after its weights are placed: stacks of readers and of compute threads (1 MiB), the
 # template engine (2 MiB), what Python and the C library keep. A graph takes 50 KiB with its Python objects.
 _GROWTH_BYTES, _GRAPH_BYTES = 5 * 2**20, 64 * 2**10
-# What compute buffers may take of the budget before batches are computed in smaller parts.
-_COMPUTE_SHARE = 0.12
 # The kernel reads ahead this far behind a header, more than any disk's read_ahead_kb that we have seen.
 _READAHEAD_BYTES = 32 * 2**20
 _log = logging.getLogger(__name__)
@@ -82,47 +83,49 @@ class Headers:
         self._buffer.close()
 
 
-def open_window(backend: Backend, model: ModelFile, arch: Architecture, kv: DenseKVCache, graphs: BlockwiseGraphs,
-                budget_bytes: int, *, batch_size: int, probe: MemoryProbe, trace: Trace = OFF) -> WindowWeights:
-    """Weights within `budget_bytes` for the whole process. Raises BudgetTooSmall before any weight is read."""
-    pieces = cut(model, arch)
-    compute_bytes = _reserve(backend, pieces, model, arch, kv, graphs, batch_size, budget_bytes)
-    for path, data_start in zip(model.parts, model.data_starts, strict=True):
-        forget_cached(path, data_start + _READAHEAD_BYTES)
-    fixed_bytes = (_process_bytes(probe, budget_bytes) + _growth_bytes(arch, kv.context_length)
-                   + kv.size_bytes + compute_bytes + EmbeddingRows.bytes_needed(model, batch_size))
-    residency = choose(pieces, budget_bytes - fixed_bytes, budget_bytes, fixed_bytes)
-    _log_plan(residency, budget_bytes, fixed_bytes, compute_bytes, kv.size_bytes)
-    arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, batch_size))
-    return WindowWeights(backend, model, arch, residency, arena, batch_size=batch_size, trace=trace)
-
-
-def _reserve(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
-             graphs: BlockwiseGraphs, batch_size: int, budget_bytes: int) -> int:
-    """Choose how many tokens are computed at once, and allocate what the largest shapes need. Bytes."""
-    headers = Headers(backend, pieces, model, batch_size)
+def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv: DenseKVCache,
+                      graphs: BlockwiseGraphs, pieces: Sequence[Piece], *, batch_size: int, probe: MemoryProbe,
+                      budget_bytes: int) -> Overheads:
+    """Everything but weights and KV, for a full context of `kv`."""
+    headers, fused = Headers(backend, pieces, model, batch_size), FusedGraphs(backend, arch, kv)
     n_tokens = min(batch_size, kv.context_length)
-    compute_bytes = 0
+    compute_bytes: dict[int, int] = {}
     try:
-        for part_tokens in PART_TOKENS:
+        fused_bytes = fused.reserve(_largest(n_tokens, kv), lambda states: forward(states, arch, headers, Solo()))
+        for part_tokens in PART_TOKENS[:1] if arch.hp.n_experts else PART_TOKENS:
             graphs.part_tokens = part_tokens
             most = max(part.n_tokens for part in graphs.in_parts([Batch(np.zeros(n_tokens, np.int32), 0)]))
-            sizes = (most, min(most, MAX_DECODE_TOKENS))
-            largest = [Batch(np.zeros(n, np.int32), kv.context_length - n) for n in sizes]
-            compute_bytes = graphs.reserve(largest, lambda states: forward(states, arch, headers, Solo()))
-            if arch.hp.n_experts or compute_bytes <= _COMPUTE_SHARE * budget_bytes:
-                break
-        return compute_bytes
+            compute_bytes[part_tokens] = graphs.reserve(_largest(most, kv),
+                                                        lambda states: forward(states, arch, headers, Solo()))
     finally:
+        fused.close()
         headers.close()
+    for path, data_start in zip(model.parts, model.data_starts, strict=True):
+        forget_cached(path, data_start + _READAHEAD_BYTES)
+    return Overheads(_process_bytes(probe, budget_bytes), _growth_bytes(kv.context_length), compute_bytes, fused_bytes,
+                     EmbeddingRows.bytes_needed(model, batch_size))
 
 
-def _growth_bytes(arch: Architecture, context_length: int) -> int:
-    """What comes beside the compute buffers once a prompt fills the context: the hidden states of all its batches,
-    and graphs for prefill and for decode (one every CELLS_PER_BUCKET tokens in each), two kinds of layers."""
-    hidden_bytes = context_length * (arch.hp.hidden_size + arch.hp.carried_size) * 4
+def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: Sequence[Piece], plan: Plan, *,
+                trace: Trace = OFF) -> WindowWeights:
+    """Weights of the plan's sizes, at the stage with the shortest context. Raises ModelFileError, OutOfMemory."""
+    residency = choose(pieces, plan.stages[0].pinned_bytes, plan.sizes.window_bytes)
+    _log_plan(residency, plan)
+    arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, plan.batch_size))
+    return WindowWeights(backend, model, arch, residency, arena, batch_size=plan.batch_size, trace=trace)
+
+
+def _largest(n_tokens: int, kv: DenseKVCache) -> list[Batch]:
+    """Batches at the end of the context: of prefill and of decode."""
+    sizes = (n_tokens, min(n_tokens, MAX_DECODE_TOKENS))
+    return [Batch(np.zeros(n, np.int32), kv.context_length - n) for n in sizes]
+
+
+def _growth_bytes(context_length: int) -> int:
+    """What comes once a prompt fills the context: graphs for prefill and for decode (one every CELLS_PER_BUCKET tokens
+    in each), two kinds of layers."""
     n_shapes = 2 * context_length // CELLS_PER_BUCKET
-    return _GROWTH_BYTES + hidden_bytes + min(MAX_GRAPHS, 32 + 2 * n_shapes) * _GRAPH_BYTES
+    return _GROWTH_BYTES + min(MAX_GRAPHS, 32 + 2 * n_shapes) * _GRAPH_BYTES
 
 
 def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:
@@ -135,8 +138,8 @@ def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:
     return resident
 
 
-def _log_plan(residency: Residency, budget_bytes: int, fixed_bytes: int, compute_bytes: int, kv_bytes: int) -> None:
-    figures = {"budget": budget_bytes, "fixed": fixed_bytes, "compute": compute_bytes, "kv": kv_bytes,
-               "pinned": residency.pinned_bytes, "window": residency.window_bytes,
+def _log_plan(residency: Residency, plan: Plan) -> None:
+    figures = {"budget": plan.budget_bytes, "kv": plan.kv_bytes, "pinned": residency.pinned_bytes,
+               "pinned_when_full": plan.sizes.pinned_bytes, "window": residency.window_bytes,
                "streamed_per_pass": residency.streamed_bytes}
     _log.info("plan: %s", ", ".join(f"{name} {n_bytes / 2**20:.1f} MiB" for name, n_bytes in figures.items()))

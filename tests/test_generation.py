@@ -303,7 +303,8 @@ def test_timings_have_llama_servers_names() -> None:
     made.generation.result()
     timings = made.generation.timings.to_dict()
     assert set(timings) == {"cache_n", "prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_ms",
-                            "predicted_per_second", "time_to_first_token_ms"}
+                            "predicted_per_second", "time_to_first_token_ms", "forecast_per_second",
+                            "forecast_time_to_first_token_ms"}
     assert (timings["cache_n"], timings["prompt_n"], timings["predicted_n"]) == (0, 3, 3)
     assert 0 < timings["prompt_ms"] <= timings["time_to_first_token_ms"]
     assert timings["prompt_per_second"] == pytest.approx(3 / made.generation.timings.prompt_ms * 1000, abs=0.01)

@@ -6,7 +6,7 @@ sampling and no files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,12 @@ class Engine:
 
     def __init__(self, arch: Architecture, weights: WeightSource, kv: DenseKVCache, backend: Backend, *,
                  collective: Collective | None = None, batch_size: int = 512, fused: bool | None = None,
-                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF) -> None:
+                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF,
+                 between_steps: Callable[[int], None] = lambda n_tokens: None) -> None:
         self.arch, self.weights, self.kv, self.backend = arch, weights, kv, backend
         self.collective: Collective = collective or Solo()
         self.batch_size, self._trace = batch_size, trace
+        self.between_steps = between_steps  # what stays in memory may change there; given the tokens to come
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
         self._graphs = FusedGraphs(backend, arch, kv) if whole else graphs or BlockwiseGraphs(backend, arch, kv)
@@ -47,6 +49,7 @@ class Engine:
         before, or longer by whole batches.
         """
         self.kv.check_room(self.kv.length + len(token_ids), self.arch.hp.context_length)
+        self.between_steps(self.kv.length + len(token_ids))
         batches = split(token_ids, self.kv.length, self.batch_size, n_outputs)
         if isinstance(self._graphs, BlockwiseGraphs):
             with self._trace.span(f"{batches[0].phase} {len(token_ids)}", "compute"):

@@ -40,7 +40,7 @@ def _window(backend: Backend, model: ModelFile, arch: Architecture) -> WeightSou
     pieces = cut(model, arch)
     pinned = tuple(piece for piece in pieces if piece.spec.use == "vector")
     streamed = tuple(piece for piece in pieces if piece.spec.use != "vector")
-    residency = Residency(pinned, streamed, 2 * max(block_bytes(streamed).values()))
+    residency = Residency(tuple(pieces), pinned, 2 * max(block_bytes(streamed).values()))
     arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, _BATCH_SIZE))
     return WindowWeights(backend, model, arch, residency, arena, n_threads=2, batch_size=_BATCH_SIZE)
 
