@@ -11,7 +11,7 @@ import os
 import resource
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +44,10 @@ def drop_page_cache() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("1")
 
 
-def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float) -> Outcome:
-    """Run `command` in a group of its own. Raises TimeoutExpired; the group is removed in any case."""
+def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float, *, disk: Path | None = None,
+                environment: Mapping[str, str] | None = None) -> Outcome:
+    """Run `command` in a group of its own, and in the group of `slow_disk` that `disk` names. Raises TimeoutExpired;
+    the group is removed in any case."""
     unified = (_ROOT / "cgroup.controllers").exists()
     group = (_ROOT if unified else _ROOT / "memory") / f"edgert-{os.getpid()}-{time.monotonic_ns()}"
     if unified:
@@ -58,7 +60,8 @@ def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float) -> O
             swap.write_text("0")
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout_s, check=False,
-                              preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None)
+                              env=None if environment is None else {**os.environ, **environment},
+                              preexec_fn=lambda: _enter([group / "cgroup.procs", *([disk] if disk else [])]))
         read = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock - before) * 512
         events, kills = (group / "memory.events", group / "memory.events") if unified else \
             (group / "memory.failcnt", group / "memory.oom_control")
@@ -67,6 +70,11 @@ def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float) -> O
                        _count(events, "max") if unified else int(events.read_text()), _count(kills, "oom_kill"), read)
     finally:
         _remove(group)
+
+
+def _enter(groups: Sequence[Path]) -> None:
+    for processes in groups:
+        processes.write_text(str(os.getpid()))
 
 
 @contextmanager

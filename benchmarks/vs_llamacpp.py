@@ -21,7 +21,8 @@ from edgert.cpu import usable_cores
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.paths import Paths
-from edgert.runtime import EngineOptions, open_engine
+from edgert.planning import EngineOptions
+from edgert.runtime import open_engine
 
 load_libraries()  # before the peer: both then compute with the same OpenMP settings
 

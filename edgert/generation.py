@@ -61,6 +61,9 @@ class Timings:
     time_to_first_token_ms: float = 0.0
     prompt: Account = field(default_factory=Account)
     predicted: Account = field(default_factory=Account)
+    forecast_per_second: float | None = None
+    """Tokens per second that the plan promised for the answer's beginning; None on a device that is not calibrated."""
+    forecast_time_to_first_token_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Flat: the parts of `prompt_ms` are `prompt_compute_ms`, `prompt_wait_ms` and `prompt_rest_ms`."""
@@ -98,6 +101,7 @@ class Generation:
         room = engine.kv.context_length - len(self.prompt_token_ids)
         self._max_tokens = room if max_tokens is None else min(max_tokens, room)
         self._cancelled, self._lock = threading.Event(), threading.RLock()  # a signal handler may cancel anywhere
+        self.decoded_n, self.decode_s = 0, 0.0  # passes of one token, without what happens between them
         self._start, self._laps = time.perf_counter(), Laps(engine.weights)
         self._pieces = self._run()
 
@@ -242,6 +246,8 @@ class Generation:
         logits = self._engine.step(np.array(token_ids, np.int32), len(token_ids))
         self._on_tokens(token_ids[:1])
         step_s = self._laps.step(self.timings.predicted)
+        if len(token_ids) == 1:
+            self.decoded_n, self.decode_s = self.decoded_n + 1, self.decode_s + step_s
         if self._speculation is not None:
             self._speculation.measured(len(token_ids), step_s)
         return logits

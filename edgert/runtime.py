@@ -10,31 +10,32 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from edgert.architectures.base import MAX_CONTEXT, Architecture
+from edgert.architectures.base import Architecture
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
-from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.collective import Collective
 from edgert.engine.engine import Engine
-from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache, KVType, kv_bytes_per_token
-from edgert.engine.layouts import LayoutChoice, choose_layouts
+from edgert.engine.kv_cache import KVType
+from edgert.engine.layouts import LayoutChoice, Layouts
 from edgert.engine.resident import ResidentWeights
 from edgert.engine.trace import OFF, Trace
 from edgert.errors import ContextOverflow, ModelFileError, TemplateError, UsageError
+from edgert.forecast import Forecast
 from edgert.generation import Generation
-from edgert.ggml.backend import Backend
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
+from edgert.memory.governor import Governor
+from edgert.memory.planner import Plan
 from edgert.memory.probe import MemoryProbe
 from edgert.models.catalog import Catalog
 from edgert.paths import Paths
-from edgert.speculation import MAX_PASS_TOKENS, DraftLength, Speculate, Speculation
+from edgert.planning import EngineOptions, Planning, context_length_of
+from edgert.speculation import DraftLength, Speculate, Speculation
 from edgert.text.logprobs import check_n_top
 from edgert.text.sampler import Sampler, SamplingParams
 from edgert.text.stream import TextStream
@@ -48,25 +49,15 @@ if TYPE_CHECKING:
     from tensorpar.leader import ClusterOptions
 
 _log = logging.getLogger(__name__)
-# Without --context: as much as the model was trained for, up to this. KV takes memory only as it fills.
-DEFAULT_CONTEXT_LENGTH = 8192
-_MIN_CONTEXT_LENGTH, _MAX_BATCH = 8, 8192
-_MAX_THREADS = 512  # GGML_MAX_N_THREADS; libgomp crashes on many more
-# Within a budget and without --context, the KV cache gets this share, weights the rest; but never fewer tokens.
-_KV_SHARE, _MIN_DEFAULT_CONTEXT = 0.125, 1024
-# Beside weights and KV: interpreter, libraries, vocabulary and compute buffers of a large vocabulary.
-_RESIDENT_OVERHEAD_BYTES = 192 * 2**20
-# Other programs' memory is not ours to push out.
-_SHARE_OF_AVAILABLE = 0.9
 
 
 class Runtime:
     """One model, ready to answer. One request at a time; `Generation.cancel` may come from any thread."""
 
     def __init__(self, model: ModelFile, engine: Engine, tokenizer: Tokenizer | None, budget_bytes: int | None,
-                 trace: Trace, *, speculates: bool = False) -> None:
+                 trace: Trace, *, speculates: bool = False, forecast: Forecast | None = None) -> None:
         self.model, self.engine, self.tokenizer, self._trace = model, engine, tokenizer, trace
-        self._budget_bytes = budget_bytes
+        self._budget_bytes, self._forecast = budget_bytes, forecast
         self._template: ChatTemplate | None = None
         self._kv_token_ids: list[int] = []  # what the KV cache holds
         self._running: Generation | None = None
@@ -78,7 +69,7 @@ class Runtime:
     def load(cls, model: str | Path, *, memory: str | int | None = None, context: int | None = None,
              threads: int | None = None, batch: int = 512, kv_type: KVType = "f16",
              layout: LayoutChoice = "auto", models_dirs: Sequence[Path] = (), trace: Path | None = None,
-             speculate: Speculate = "auto", cluster: ClusterOptions | None = None) -> Self:
+             speculate: Speculate = "auto", cluster: ClusterOptions | None = None, learn: bool = True) -> Self:
         """Open a model: a path, a name that `edgert list` shows, or `user/repo:quant`.
 
         `memory` (bytes, or a text such as "600M") is a budget for the whole process; weights that it does not hold
@@ -88,7 +79,8 @@ class Runtime:
         `speculate` "auto" guesses tokens from the text before where weights stream, so that a pass gives several: they
         are those that the sampler chooses from the pass's logits, which batches of other sizes round otherwise. "on"
         does so for resident weights too. With `cluster`, the paired devices compute too, and what is said about memory
-        is about this one.
+        is about this one. On a device that `edgert plan` has measured, answers correct its profile, unless `learn` is
+        False.
         Raises ModelNotFound, ModelFileError, OutOfMemory (BudgetTooSmall), UsageError, NativeLibraryError.
         """
         paths, tracer = Paths.of_user(), Trace(trace) if trace else OFF
@@ -102,15 +94,21 @@ class Runtime:
             vocabulary = pool.submit(_open_tokenizer, file, tracer)
             if options.memory_bytes is not None:
                 vocabulary.result()  # a budget must know what it takes
+            forecast = None
             with tracer.span("weights", "load"):
-                engine = (open_engine(file, paths, options, tracer) if cluster is None
-                          else _open_cluster(file, paths, options, cluster, tracer))
+                if cluster is not None:
+                    engine = _open_cluster(file, paths, options, cluster, tracer)
+                else:
+                    with Planning(file, paths, options, MemoryProbe()) as planning:
+                        plan = planning.plan()
+                        engine, governor = open_planned(planning, plan, tracer)
+                    forecast = Forecast(planning, plan, governor, learn)
             try:
                 tokenizer = vocabulary.result()
                 _check_vocabulary(file, tokenizer, engine.arch)
                 speculates = speculate == "on" or not engine.weights.resident
                 return cls(file, engine, tokenizer, options.memory_bytes, tracer,
-                           speculates=speculates and options.may_speculate(engine.arch))
+                           speculates=speculates and options.may_speculate(engine.arch), forecast=forecast)
             except BaseException:
                 engine.close()
                 raise
@@ -150,6 +148,7 @@ class Runtime:
         if logprobs is not None:
             check_n_top(logprobs)
         constraint = self._constraint(json_schema, grammar)
+        self._learn()
         self._reuse_prefix(prompt_ids)
         tokenizer = self.tokenizer
         self._running = Generation(
@@ -158,7 +157,15 @@ class Runtime:
             is_end=tokenizer.is_end_of_generation if tokenizer else lambda _: False,
             on_tokens=self._kv_token_ids.extend, constraint=constraint, speculation=self._speculation(prompt_ids),
             n_logprobs=logprobs)
+        if self._forecast is not None:
+            self._forecast.promise(self._running.timings)
         return self._running
+
+    def _learn(self) -> None:
+        """Once an answer has ended, take from it what it tells of the device."""
+        answer, self._running = self._running, None
+        if answer is not None and self._forecast is not None:
+            self._forecast.learn(answer)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
         """Answer a conversation through the file's chat template. Options as for `generate`; raises TemplateError."""
@@ -232,6 +239,7 @@ class Runtime:
         """Give everything back. Safe to call twice."""
         if self._running is not None and self._running.finish_reason is None:
             self._running.close()
+        self._learn()
         self._closed = True
         self.engine.close()
         if self.tokenizer is not None:
@@ -261,23 +269,6 @@ def _check_vocabulary(file: ModelFile, tokenizer: Tokenizer | None, arch: Archit
                              f"{arch.hp.vocab_size}")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How to open an engine: bytes or None for what is left, tokens or None for the default, and layouts."""
-
-    memory_bytes: int | None = None
-    context: int | None = None
-    n_threads: int = 1
-    batch_size: int = 512
-    kv_type: KVType = "f16"
-    layout: LayoutChoice = "auto"
-    speculate: Speculate = "auto"
-
-    def may_speculate(self, arch: Architecture) -> bool:
-        """Never with experts: each token of a pass brings its own, so that bytes grow with guesses, right or wrong."""
-        return self.speculate != "off" and arch.hp.n_experts == 0
-
-
 def _open_cluster(file: ModelFile, paths: Paths, options: EngineOptions, cluster: ClusterOptions,
                   trace: Trace) -> Engine:
     """The engine of the device that leads a cluster."""
@@ -286,7 +277,7 @@ def _open_cluster(file: ModelFile, paths: Paths, options: EngineOptions, cluster
     from tensorpar.profile import measure
 
     arch = open_architecture(file)
-    context_length = _context_length(arch, options)
+    context_length = context_length_of(arch, options)
     options = replace(options, context=context_length)
     return ClusterEngine(
         file, arch, paths, measure(options.n_threads, options.memory_bytes),
@@ -296,66 +287,37 @@ def _open_cluster(file: ModelFile, paths: Paths, options: EngineOptions, cluster
 
 def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Trace = OFF,
                 collective: Collective | None = None) -> Engine:
-    """The engine for a file: resident where everything fits, streaming where it does not. With `collective`, one rank
-    of a cluster, over the slice that the file is."""
-    arch = open_architecture(file)
-    batch_size, context_length = options.batch_size, _context_length(arch, options)
-    if not 1 <= batch_size <= _MAX_BATCH:
-        raise UsageError(f"--batch {batch_size} is not between 1 and {_MAX_BATCH}")
-    if not 1 <= options.n_threads <= _MAX_THREADS:
-        raise UsageError(f"--threads {options.n_threads} is not between 1 and {_MAX_THREADS}")
-    with ExitStack() as opened:
-        backend = Backend(options.n_threads)
-        opened.callback(backend.close)
-        kv = DenseKVCache(backend, arch.hp, context_length, options.kv_type)
-        opened.callback(kv.close)
-        engine = _compose(file, arch, backend, kv, paths, options, trace, collective)
-        opened.pop_all()
-    return engine
+    """The engine for a file, of the sizes that its plan says. With `collective`, one rank of a cluster, over the slice
+    that the file is."""
+    is_shard = collective is not None and collective.world_size > 1
+    with Planning(file, paths, options, MemoryProbe(), is_shard=is_shard) as planning:
+        return open_planned(planning, planning.plan(), trace, collective)[0]
 
 
-def _compose(file: ModelFile, arch: Architecture, backend: Backend, kv: DenseKVCache, paths: Paths,
-             options: EngineOptions, trace: Trace, collective: Collective | None) -> Engine:
-    budget_bytes, batch_size, probe = options.memory_bytes, options.batch_size, MemoryProbe()
-    needed_bytes = file.file_bytes + kv.size_bytes + _RESIDENT_OVERHEAD_BYTES
-    left_bytes = probe.process_bytes() + int(probe.available_bytes() * _SHARE_OF_AVAILABLE)
-    if needed_bytes > (left_bytes if budget_bytes is None else budget_bytes):
+def open_planned(planning: Planning, plan: Plan, trace: Trace = OFF,
+                 collective: Collective | None = None) -> tuple[Engine, Governor | None]:
+    """The engine of the plan's sizes, which owns what `planning` has opened; and who moves its weights, where they
+    stream through a window."""
+    file, arch, backend, kv = planning.file, planning.arch, planning.backend, planning.kv
+    if plan.sizes.weights == "streamed":
         from offload.loading import open_window
 
-        graphs = BlockwiseGraphs(backend, arch, kv)
-        try:
-            weights = open_window(backend, file, arch, kv, graphs, budget_bytes or left_bytes, batch_size=batch_size,
-                                  n_logits=MAX_PASS_TOKENS if options.may_speculate(arch) else 1, probe=probe,
-                                  trace=trace)
-        except BaseException:
-            graphs.close()
-            raise
-        return Engine(arch, weights, kv, backend, collective=collective, batch_size=batch_size, graphs=graphs,
-                      trace=trace)
-    # Within a budget weights are as the file holds them, resident or streamed: the budget never changes an answer.
-    layout = "plain" if budget_bytes is not None and options.layout == "auto" else options.layout
-    matrices = frozenset(t.type.id for t in file.tensors.values() if len(t.shape) > 1)
-    layouts = choose_layouts(layout, backend, matrices, paths.cache / "layouts.json")
+        planning.graphs.part_tokens = plan.sizes.part_tokens
+        weights = open_window(backend, file, arch, planning.pieces, plan, trace=trace)
+        engine = Engine(arch, weights, kv, backend, collective=collective, batch_size=plan.batch_size,
+                        graphs=planning.graphs, trace=trace)
+        planning.release()
+        if not plan.sizes.window_bytes:  # nothing but experts moves
+            return engine, None
+        governor = Governor(plan, weights, kv, MemoryProbe())
+        engine.between_steps = governor.before_step
+        return engine, governor
+    layouts = Layouts({"prefill": frozenset(), "decode": frozenset(), **plan.sizes.repacked})
     _log.info("repacked tensor types: %s", {phase: sorted(types) for phase, types in layouts.repacked.items()})
-    return Engine(arch, ResidentWeights(backend, file, arch, layouts), kv, backend, collective=collective,
-                  batch_size=batch_size, trace=trace)
-
-
-def _context_length(arch: Architecture, options: EngineOptions) -> int:
-    trained = arch.hp.context_length
-    if options.context is None:
-        length = min(trained, DEFAULT_CONTEXT_LENGTH)
-        if options.memory_bytes is None:
-            return length
-        affordable = int(options.memory_bytes * _KV_SHARE) // kv_bytes_per_token(arch.hp, options.kv_type)
-        return min(length, max(_MIN_DEFAULT_CONTEXT, affordable // CELLS_PER_BUCKET * CELLS_PER_BUCKET))
-    if options.context < _MIN_CONTEXT_LENGTH:
-        raise UsageError(f"a context of {options.context} tokens holds nothing", f"At least {_MIN_CONTEXT_LENGTH}.")
-    if options.context > MAX_CONTEXT:
-        raise UsageError(f"a context of {options.context} tokens is beyond every memory", f"At most {MAX_CONTEXT}.")
-    if options.context > trained:
-        _log.warning("the model was trained for %d tokens; --context %d goes beyond", trained, options.context)
-    return options.context
+    resident = ResidentWeights(backend, file, arch, layouts)
+    planning.release()
+    planning.graphs.close()
+    return Engine(arch, resident, kv, backend, collective=collective, batch_size=plan.batch_size, trace=trace), None
 
 
 def peak_rss_bytes() -> int:

@@ -29,7 +29,7 @@ class Arena:
         whole = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.base = -(-whole // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         self._used_bytes = 0
-        start = self.base - whole
+        start = self._start = self.base - whole
         with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages: slower, not wrong
             self._map.madvise(mmap.MADV_HUGEPAGE, start // PAGE_BYTES * PAGE_BYTES, self.size_bytes)
         ctypes.memset(self.base, 0, self.size_bytes)
@@ -46,6 +46,12 @@ class Arena:
         address = self.base + self._used_bytes
         self._used_bytes += size
         return address
+
+    def give_back(self, address: int, size_bytes: int) -> None:
+        """Let the system have the pages of a carved range, page aligned. They read as zeros, and take memory again
+        when they are written. Dear (the next read faults every page in): for pressure, not for every token."""
+        with contextlib.suppress(OSError, AttributeError):  # a system without it: the memory stays ours
+            self._map.madvise(mmap.MADV_DONTNEED, self._start + address - self.base, size_bytes)
 
     def close(self) -> None:
         """Give the memory back. Nothing may read or compute in it any more."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from edgert.architectures.base import OUTPUT, Architecture, Block, TensorSpec, blocks_of
-from edgert.errors import BudgetTooSmall
 from edgert.gguf.model_file import ModelFile
 from offload.arena import PAGE_BYTES
 from offload.readers import aligned_range
@@ -23,9 +22,6 @@ MAX_PIECE_BYTES = 16 * 2**20
 _ROWS_MULTIPLE = 256
 # Below this a read is latency, not bandwidth, and the tensor is always pinned.
 _SMALL_BYTES = 128 * 2**10
-# Beside the block that is computed with and the ring's gap, so much is on its way: the disk is busy meanwhile. Half of
-# it costs 6-16 % of a token's speed (Qwen2.5-1.5B at 1/2 and 1/4 of its size, a disk of 3.8 GB/s).
-_IN_FLIGHT_BYTES = 40 * 2**20
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
@@ -50,15 +46,32 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """`pinned` and `streamed` pieces in the order in which a step needs them; `window_bytes` for the streamed ones."""
+    """All `pieces` in the order in which a step needs them; those of `keep` stay, the others pass through a window.
 
-    pinned: tuple[Piece, ...]
-    streamed: tuple[Piece, ...]
+    `keep` is in order of worth: when memory has to be given back, its last piece goes first.
+    """
+
+    pieces: tuple[Piece, ...]
+    keep: tuple[Piece, ...]
     window_bytes: int
 
     @property
+    def pinned(self) -> tuple[Piece, ...]:
+        kept = frozenset(self.keep)
+        return tuple(p for p in self.pieces if p in kept)
+
+    @property
+    def streamed(self) -> tuple[Piece, ...]:
+        return self.streamed_beyond(len(self.keep))
+
+    def streamed_beyond(self, n_kept: int) -> tuple[Piece, ...]:
+        """What streams when only the first `n_kept` of `keep` stay."""
+        kept = frozenset(self.keep[:n_kept])
+        return tuple(p for p in self.pieces if p not in kept)
+
+    @property
     def pinned_bytes(self) -> int:
-        return sum(p.slot_bytes for p in self.pinned)
+        return sum(p.slot_bytes for p in self.keep)
 
     @property
     def streamed_bytes(self) -> int:
@@ -90,29 +103,17 @@ def cut(model: ModelFile, arch: Architecture) -> list[Piece]:
     return pieces
 
 
-def choose(pieces: Sequence[Piece], available_bytes: int, budget_bytes: int, fixed_bytes: int) -> Residency:
-    """Pin what fits in `available_bytes`, stream the rest through a window.
+def choose(pieces: Sequence[Piece], pinned_bytes: int, window_bytes: int) -> Residency:
+    """Pin pieces worth `pinned_bytes`, stream the rest through a window of at least `window_bytes`.
 
-    Raises BudgetTooSmall with the smallest budget: `fixed_bytes` (everything but weights), small tensors and window.
+    The sizes come from the plan (edgert/memory/planner.py), which gives small tensors and the least window their room.
     """
-    total_bytes = sum(p.slot_bytes for p in pieces)
-    if total_bytes <= available_bytes:
-        return Residency(tuple(pieces), (), 0)
-    small = [p for p in pieces if _always_pinned(p)]
-    large = [p for p in pieces if not _always_pinned(p)]
-    small_bytes = sum(p.slot_bytes for p in small)
-    window = _least_window(large)
-    least_bytes = min(small_bytes + window, total_bytes)
-    if least_bytes > available_bytes:
-        raise BudgetTooSmall("this model", fixed_bytes + least_bytes, budget_bytes, fixed_bytes + least_bytes)
-    comfortable = window + max(*block_bytes(large).values(), _IN_FLIGHT_BYTES)
-    window = max(window, min(comfortable, (available_bytes - small_bytes) * 9 // 10))
-    chosen = _spread(large, available_bytes - small_bytes - window)
-    pinned = tuple(p for p in pieces if _always_pinned(p) or p in chosen)
-    streamed = tuple(p for p in large if p not in chosen)
+    small, large = [p for p in pieces if always_pinned(p)], [p for p in pieces if not always_pinned(p)]
+    chosen = _spread(large, pinned_bytes - sum(p.slot_bytes for p in small))
+    keep = (*small, *chosen)
     # What pinning left over, for it pins whole pieces, makes the window wider.
-    spare = available_bytes - sum(p.slot_bytes for p in pinned) - window
-    return Residency(pinned, streamed, window + spare // PAGE_BYTES * PAGE_BYTES)
+    spare = pinned_bytes - sum(p.slot_bytes for p in keep) if len(keep) < len(pieces) else 0
+    return Residency(tuple(pieces), keep, window_bytes + spare // PAGE_BYTES * PAGE_BYTES)
 
 
 def block_bytes(pieces: Sequence[Piece]) -> dict[Block, int]:
@@ -122,26 +123,21 @@ def block_bytes(pieces: Sequence[Piece]) -> dict[Block, int]:
     return sizes
 
 
-def _always_pinned(piece: Piece) -> bool:
+def always_pinned(piece: Piece) -> bool:
     """Small tensors, and vectors of any size: every part of the output head needs the norm before it."""
     return piece.n_bytes < _SMALL_BYTES or piece.spec.use == "vector"
 
 
-def _least_window(large: Sequence[Piece]) -> int:
-    """The largest block at once, and the gap that a ring leaves at its end."""
-    return max(block_bytes(large).values(), default=0) + max((p.slot_bytes for p in large), default=0)
-
-
-def _spread(pieces: Sequence[Piece], room_bytes: int) -> set[Piece]:
-    """Pieces worth up to `room_bytes`, evenly spread. More room is never filled with fewer bytes."""
+def _spread(pieces: Sequence[Piece], room_bytes: int) -> dict[Piece, None]:
+    """Pieces worth up to `room_bytes`, evenly spread, in order of worth. More room is never filled with fewer bytes."""
     # Steps of the golden ratio round a circle: the first n of them lie evenly, whatever n is.
     order = sorted(range(len(pieces)), key=lambda index: index * _GOLDEN_RATIO % 1)
     ends = [*accumulate(pieces[index].slot_bytes for index in order)]
     n_chosen = bisect_right(ends, room_bytes)
-    chosen = {pieces[index] for index in order[:n_chosen]}
+    chosen = dict.fromkeys(pieces[index] for index in order[:n_chosen])
     used = ends[n_chosen - 1] if n_chosen else 0
     for piece in sorted((pieces[index] for index in order[n_chosen:]), key=lambda p: -p.slot_bytes):
         if used + piece.slot_bytes <= room_bytes:  # what still fits, the largest first
-            chosen.add(piece)
+            chosen[piece] = None
             used += piece.slot_bytes
     return chosen

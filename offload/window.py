@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,10 @@ from offload.direct_file import DirectFile
 from offload.embedding import EmbeddingRows
 from offload.experts import ExpertPool, PoolShape
 from offload.readers import Read, Readers, aligned_range
-from offload.residency import Piece, Residency
+from offload.residency import Piece, Residency, always_pinned
 
 _log = logging.getLogger(__name__)
+_SETTLE_S = 10.0  # four chunks from a disk of 1 MB/s
 _ROW_THREADS = 2  # a row of the embedding is latency: two at a time
 
 
@@ -72,7 +74,11 @@ class Ring:
 
 
 class WindowWeights:
-    """A WeightSource for models larger than memory. Holds `arena.size_bytes`; the file is never mapped."""
+    """A WeightSource for models larger than memory. Holds `arena.size_bytes`; the file is never mapped.
+
+    Pinned pieces are a stack in order of worth: `pin` cuts the top off between two steps, when memory is wanted for
+    something else, and reads it back later. What is cut off streams meanwhile, so that answers stay the same.
+    """
 
     resident = False
 
@@ -86,7 +92,7 @@ class WindowWeights:
         self.experts: ExpertPool | None = None
         self._buffer: Buffer = backend.wrap(arena.base, arena.size_bytes)
         self._buffer.mark_as_weights()
-        pieces = [*residency.pinned, *residency.streamed]
+        pieces = residency.pieces
         self._context = Context(len(pieces) + 8)
         self._tensors = {piece: self._context.tensor(piece.type_id, piece.shape, piece.spec.name) for piece in pieces}
         self._blocks = _by_block(pieces)
@@ -95,9 +101,9 @@ class WindowWeights:
             for block, of_block in self._blocks.items()}
         self.n_output_parts = sum(block.kind == "output" for block in self._blocks)
         self._last = Block("output", self.n_output_parts - 1)
-        self._cycle = residency.streamed
-        self._n_streamed = Counter(piece.block for piece in residency.streamed)
-        self._next = 0  # index in the cycle of the next piece to be read
+        self._slots: list[int] = []  # addresses of the pinned pieces, in order of worth
+        self._n_pinned = self._pinning_bytes = 0
+        self._let_stream(len(residency.keep))
         self._ring_pieces: deque[_InFlight] = deque()
         self.waited_s = 0.0
         try:
@@ -108,7 +114,8 @@ class WindowWeights:
                 shape, n_slots = pool
                 self.experts = ExpertPool(shape, arch.hp, n_slots, arena, self._buffer, self._files, self._is_cancelled,
                                           n_threads=n_threads, trace=trace)
-            self._pin(residency.pinned)
+            self._slots = [arena.carve(piece.slot_bytes) for piece in residency.keep]
+            self._fill(len(residency.keep))
         except BaseException:
             self.close()
             raise
@@ -117,31 +124,81 @@ class WindowWeights:
 
     @property
     def pinned_bytes(self) -> int:
-        return self.residency.pinned_bytes
+        return sum(piece.slot_bytes for piece in self.residency.keep[:self._n_pinned])
 
     @property
     def streamed_bytes(self) -> int:
         experts_bytes = self.experts.bytes_read if self.experts else 0
-        return self._readers.bytes_read + self.embedding.bytes_read + experts_bytes - self.pinned_bytes
+        return self._readers.bytes_read + self.embedding.bytes_read + experts_bytes - self._pinning_bytes
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """What every pass reads now."""
+        return sum(piece.slot_bytes for piece in self._cycle)
 
     def plan(self) -> dict[str, Any]:
-        return {"weights": "streamed", "streamed_bytes_per_pass": self.residency.streamed_bytes,
+        return {"weights": "streamed", "streamed_bytes_per_pass": self.bytes_per_pass,
                 "window_bytes": self.residency.window_bytes, "read_method": self._files[0].method,
                 **(self.experts.plan() if self.experts else {})}
+
+    def pin(self, n_bytes: int) -> None:
+        """Let pinned pieces worth at most `n_bytes` stay, small tensors always; only between two steps.
+
+        Fewer than before: their memory goes back to the system. More, up to what was pinned first: they are read.
+        Raises what a failing read raises, Cancelled; then it is as before.
+        """
+        ends = [*accumulate(piece.slot_bytes for piece in self.residency.keep)]
+        n_small = sum(always_pinned(piece) for piece in self.residency.keep)
+        wanted, before = max(n_small, bisect_right(ends, n_bytes)), self._n_pinned
+        if wanted == before:
+            return
+        was, is_to_be = (ends[n - 1] >> 20 if n else 0 for n in (before, wanted))
+        with self._trace.span(f"pin {is_to_be} MiB, was {was}", "load"):
+            self._forget_read_ahead()
+            try:
+                if wanted > before:
+                    self._fill(wanted)
+            except BaseException:
+                wanted = before
+                raise
+            finally:
+                self._give_back(wanted)
+                self._let_stream(wanted)
+                self._read_ahead()
+
+    def _fill(self, n_pinned: int) -> None:
+        """Read the pieces of the stack from where it is filled up to `n_pinned`."""
+        first = self._n_pinned
+        reads = [self._start(piece, address) for piece, address in
+                 zip(self.residency.keep[first:n_pinned], self._slots[first:n_pinned], strict=True)]
+        try:
+            for read in reads:
+                read.wait(self._is_cancelled)
+        finally:
+            for read in reads:  # one has failed: the others' memory is given back, and nobody may write there
+                read.abandoned |= not read.done.is_set()
+            for read in reads:
+                read.done.wait(_SETTLE_S)
+        self._n_pinned = n_pinned
+        self._pinning_bytes += sum(piece.slot_bytes for piece in self.residency.keep[first:n_pinned])
+
+    def _give_back(self, n_pinned: int) -> None:
+        """The memory of the stack above `n_pinned`: one range, so that whole huge pages go."""
+        if n_pinned < len(self._slots):
+            end = self._slots[-1] + self.residency.keep[-1].slot_bytes  # a multiple of a page
+            self._arena.give_back(self._slots[n_pinned], end - self._slots[n_pinned])
+
+    def _let_stream(self, n_pinned: int) -> None:
+        """Every piece that is not among the first `n_pinned` of the stack streams."""
+        self._cycle = self.residency.streamed_beyond(n_pinned)
+        self._n_streamed = Counter(piece.block for piece in self._cycle)
+        self._n_pinned, self._next = min(self._n_pinned, n_pinned), 0  # the next piece to be read, in the cycle
 
     def _open_files(self, model: ModelFile) -> None:
         for path, n_bytes in zip(model.parts, model.part_bytes, strict=True):
             self._files.append(DirectFile(path))
             if self._files[-1].size_bytes != n_bytes:
                 raise ModelFileError(str(path), "the file has changed since its header was read", "Start again.")
-
-    def _pin(self, pieces: Sequence[Piece]) -> None:
-        reads = []
-        for piece in pieces:
-            address = self._arena.carve(piece.slot_bytes)
-            reads.append(self._start(piece, address))
-        for read in reads:
-            read.wait(self._is_cancelled)
 
     def _start(self, piece: Piece, address: int) -> Read:
         """Read a piece to `address`, and let its tensor lie there."""
@@ -189,14 +246,17 @@ class WindowWeights:
 
     def _restart_at(self, block: Block) -> None:
         """A step was stopped in the middle, or a read failed: forget what was read ahead, begin again at `block`."""
+        self._forget_read_ahead()
+        self._next = next(i for i, piece in enumerate(self._cycle) if piece.block == block)
+        self._read_ahead()
+
+    def _forget_read_ahead(self) -> None:
         for entry in self._ring_pieces:
             entry.read.abandoned = True
         for entry in self._ring_pieces:  # the ring's memory is free only when no reader writes into it
             entry.read.settle(self._is_cancelled)
         self._ring_pieces.clear()
         self._ring.reset()
-        self._next = next(i for i, piece in enumerate(self._cycle) if piece.block == block)
-        self._read_ahead()
 
     @contextmanager
     def lease_embedding(self, token_ids: NDArray[np.int32],

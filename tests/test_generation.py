@@ -468,6 +468,7 @@ def test_timings_have_llama_servers_names() -> None:
     timings = made.generation.timings.to_dict()
     assert set(timings) == {"cache_n", "prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_ms",
                             "predicted_per_second", "time_to_first_token_ms", "draft_n", "draft_n_accepted",
+                            "forecast_per_second", "forecast_time_to_first_token_ms",
                             *(f"{phase}_{part}" for phase in ("prompt", "predicted")
                               for part in ("compute_ms", "wait_ms", "rest_ms", "read_bytes"))}
     assert (timings["cache_n"], timings["prompt_n"], timings["predicted_n"]) == (0, 3, 3)

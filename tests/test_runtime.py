@@ -25,6 +25,10 @@ from edgert.errors import (
     UnsupportedArchitecture,
     UsageError,
 )
+from edgert.memory.profile import DeviceProfile
+from edgert.memory.profile_store import ProfileStore
+from edgert.paths import Paths
+from edgert.planning import EngineOptions, Planning
 
 TinyModel = Callable[..., Path]
 GREEDY = SamplingParams(temperature=0)
@@ -424,6 +428,25 @@ def test_a_trace_tells_loading_from_computing(tiny_model: TinyModel, tmp_path: P
     assert {event["name"] for event in spans if event["cat"] == "load"} == {"header", "vocabulary", "weights"}
     computed = [event["name"].split()[0] for event in spans if event["cat"] == "compute"]
     assert computed == ["prefill", "decode", "decode"]
+
+
+def test_a_device_that_was_measured_gets_a_forecast_and_learns_from_answers(
+        tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGERT_HOME", str(tmp_path))
+    path, paths = tiny_model("llama", quantisation="F32"), Paths.of_user()
+    with load(path) as runtime:
+        assert runtime.generate(TEXT, max_tokens=2, sampling=GREEDY).timings.to_dict()["forecast_per_second"] is None
+    store = ProfileStore(paths.cache / "device.json")
+    with Planning.open(path, paths, EngineOptions(context=512)) as planning:
+        store.save(*planning.keys, DeviceProfile())
+    for learns in (False, True):
+        with load(path, learn=learns) as runtime:
+            generation = runtime.generate(TEXT, max_tokens=20, sampling=GREEDY)
+            generation.result()
+            assert generation.timings.forecast_per_second and generation.timings.forecast_time_to_first_token_ms
+        profile, _ = store.load(*planning.keys)
+        assert profile is not None
+        assert [*profile.corrections] == ["compute"] * learns
 
 
 # -- closing -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import edgert
 from apps.bench import command as bench
-from apps.cli import models, run, serve
+from apps.cli import models, plan, run, serve
 from apps.cli.arguments import Parser, add_common_options
 from apps.cli.interrupts import Terminated, exit_status
 from apps.cli.messages import complain, logging_to_stderr
@@ -99,6 +99,7 @@ def build_parser() -> Parser:
     subparsers: argparse._SubParsersAction[Any] = parser.add_subparsers(title="commands", metavar="COMMAND",
                                                                         required=True)
     run.add_subcommand(subparsers)
+    plan.add_subcommand(subparsers)
     serve.add_subcommands(subparsers)
     models.add_subcommands(subparsers)
     bench.add_subcommand(subparsers)

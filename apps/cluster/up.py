@@ -15,7 +15,8 @@ from edgert.engine.engine import Engine
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.paths import Paths
-from edgert.runtime import EngineOptions, open_engine
+from edgert.planning import EngineOptions
+from edgert.runtime import open_engine
 from tensorpar import discovery
 from tensorpar.messages import Settings
 from tensorpar.profile import measure

@@ -30,10 +30,12 @@ class Engine:
 
     def __init__(self, arch: Architecture, weights: WeightSource, kv: DenseKVCache, backend: Backend, *,
                  collective: Collective | None = None, batch_size: int = 512, fused: bool | None = None,
-                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF) -> None:
+                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF,
+                 between_steps: Callable[[int], None] = lambda n_tokens: None) -> None:
         self.arch, self.weights, self.kv, self.backend = arch, weights, kv, backend
         self.collective: Collective = collective or Solo()
         self.batch_size, self._trace, self._laps = batch_size, trace, Laps(weights)
+        self.between_steps = between_steps  # what stays in memory may change there; given the tokens to come
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
         self._graphs = FusedGraphs(backend, arch, kv) if whole else graphs or BlockwiseGraphs(backend, arch, kv)
@@ -52,6 +54,7 @@ class Engine:
         before, or longer by whole batches.
         """
         self.kv.check_room(self.kv.length + len(token_ids), self.arch.hp.context_length)
+        self.between_steps(self.kv.length + len(token_ids))
         batches = split(token_ids, self.kv.length, self.batch_size, n_outputs)
         account = Account()
         self._laps.rest(account)
@@ -90,6 +93,7 @@ class Engine:
         self.arch, self.weights, self.kv, self.backend = other.arch, other.weights, other.kv, other.backend
         self.collective, self.batch_size = other.collective, other.batch_size
         self._trace, self._graphs, self._laps = other._trace, other._graphs, other._laps
+        self.between_steps = other.between_steps
 
     def cancel(self) -> None:
         """Stop the running step between two operations. Later steps fail until `resume`."""

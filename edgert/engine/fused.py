@@ -201,6 +201,12 @@ class FusedGraphs:
             state.logits_array = Backend.array(state.logits).reshape(batch.n_outputs, self._arch.hp.vocab_size)
         return state.logits_array
 
+    def reserve(self, batches: list[Batch], forward: Callable[[list[State]], None]) -> int:
+        """Bytes that the compute buffers of these batches take, without computing."""
+        for batch in batches:
+            self._state(batch, forward)
+        return self.compute_bytes
+
     def _state(self, batch: Batch, forward: Callable[[list[State]], None]) -> FusedState:
         shape = (batch.n_tokens, self._kv.bucket(batch), batch.n_outputs)
         state = self._states.get(shape)

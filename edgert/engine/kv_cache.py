@@ -9,6 +9,7 @@ tokens.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -185,6 +186,18 @@ class DenseKVCache:
 
     def truncate(self, n_tokens: int) -> None:
         self.length = min(self.length, n_tokens)
+
+    def give_back(self) -> None:
+        """Let the system have the memory of the cells beyond `length`: whole pages, which read as zeros again."""
+        memory, row_bytes = self._buffer.memory, self.size_bytes // self.n_cells // (2 * len(self.k))
+        if memory is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for tensor in (*self.k, *self.v):
+            start = tensor.data - self._buffer.base
+            first = -(-(start + self.length * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (start + self.n_cells * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < end:
+                memory.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def close(self) -> None:
         self._buffer.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+_SHORT_SHARE = 0.1  # a machine with less than this available is short of memory
 _UNLIMITED_BYTES = 2**60  # control groups v1 write a number near 2**63 for "no limit"
 
 
@@ -40,9 +41,36 @@ class MemoryProbe:
         """What could be taken without driving others out: MemAvailable, or what the control groups leave."""
         return min([self._meminfo("MemAvailable"), *(group.left_bytes for group in self._limited_groups())])
 
+    def stalled_percent(self) -> float:
+        """Percent of the last 10 s in which some task of this control group (v2) waited for memory, or else of the
+        machine (PSI, https://docs.kernel.org/accounting/psi.html); 0 where the kernel does not tell.
+
+        The machine's counts only when it is short of memory itself: tasks also wait in groups that have nothing to do
+        with us, and giving memory back would not help them.
+        """
+        paths = [group / "memory.pressure" for group in self._unified_groups()[:1]]
+        if self._meminfo("MemAvailable") < _SHORT_SHARE * self._meminfo("MemTotal"):
+            paths.append(self._proc / "pressure/memory")
+        for path in paths:
+            try:
+                some = next(line for line in path.read_text().splitlines() if line.startswith("some "))
+                return float(dict(field.split("=", 1) for field in some.split()[1:])["avg10"])
+            except (OSError, StopIteration, ValueError, KeyError):
+                continue
+        return 0.0
+
     def control_group(self) -> ControlGroup | None:
         """The tightest limit on this process, v1 or v2; None without one."""
         return min(self._limited_groups(), key=lambda group: group.limit_bytes, default=None)
+
+    def _unified_groups(self) -> list[Path]:
+        """Directories of the control group (v2) and of those above it."""
+        try:
+            lines = (self._proc / "self/cgroup").read_text().splitlines()
+        except OSError:
+            return []
+        return [directory for line in lines if line.startswith("0::")
+                for directory in _upwards(self._cgroup, line.removeprefix("0::"))]
 
     def _limited_groups(self) -> list[ControlGroup]:
         try:

@@ -45,7 +45,7 @@ def _window(backend: Backend, model: ModelFile, arch: Architecture) -> WeightSou
     pieces = cut(model, arch)
     pinned = tuple(piece for piece in pieces if piece.spec.use == "vector")
     streamed = tuple(piece for piece in pieces if piece.spec.use != "vector")
-    residency = Residency(pinned, streamed, 2 * max(block_bytes(streamed).values()))
+    residency = Residency(tuple(pieces), pinned, 2 * max(block_bytes(streamed).values()))
     arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, _BATCH_SIZE))
     return WindowWeights(backend, model, arch, residency, arena, n_threads=2, batch_size=_BATCH_SIZE)
 
@@ -53,7 +53,7 @@ def _window(backend: Backend, model: ModelFile, arch: Architecture) -> WeightSou
 def _experts(backend: Backend, model: ModelFile, arch: Architecture) -> WeightSource:
     """Everything but experts is pinned; experts come one by one, into slots for half of them. (Dense: all pinned.)"""
     static, experts = split_experts(cut(model, arch))
-    residency = Residency(tuple(static), (), 0)
+    residency = Residency(tuple(static), tuple(static), 0)
     pool = (PoolShape.of(experts), arch.hp.n_layers * arch.hp.n_experts // 2) if experts else None
     arena = Arena(residency.pinned_bytes + EmbeddingRows.arena_bytes(model, _BATCH_SIZE)
                   + (pool[1] * pool[0].slot_bytes if pool else 0))

@@ -167,3 +167,30 @@ def test_this_machine() -> None:
     probe, process = MemoryProbe(), psutil.Process(os.getpid())
     assert abs(probe.process_bytes() - process.memory_info().rss) < 2**20
     assert 0 < probe.available_bytes() <= psutil.virtual_memory().total
+
+
+# -- stalls ------------------------------------------------------------------------------------------------------------
+PSI = "some avg10={} avg60=0.10 avg300=0.00 total=1\nfull avg10=99.00 avg60=0.00 avg300=0.00 total=0\n"
+
+
+def test_stalls_are_those_of_the_own_control_group(tree: Tree) -> None:
+    tree.write("proc/self/cgroup", "0::/app/small\n")
+    tree.write("sys/fs/cgroup/app/small/memory.pressure", PSI.format("12.50"))
+    tree.write("sys/fs/cgroup/app/memory.pressure", PSI.format("77.00"))
+    assert tree.probe.stalled_percent() == 12.5
+
+
+@pytest.mark.parametrize(("available_kib", "expected"), [(20 * 2**20, 0.0), (2**20, 40.0)])
+def test_the_machines_stalls_count_only_where_it_is_short_itself(tree: Tree, available_kib: int,
+                                                                 expected: float) -> None:
+    """Else it is another control group that waits, and nothing given back here would help it."""
+    tree.write("proc/meminfo", f"MemTotal: {24 * 2**20} kB\nMemAvailable: {available_kib} kB\n")
+    tree.write("proc/pressure/memory", PSI.format("40.00"))
+    assert tree.probe.stalled_percent() == expected
+
+
+@pytest.mark.parametrize("text", ["", "some\n", "some avg10=many\n", "full avg10=1.0\n", "some avg60=1.0\n"])
+def test_stalls_that_cannot_be_read_are_none(tree: Tree, text: str) -> None:
+    tree.write("proc/self/cgroup", "0::/\n")
+    tree.write("sys/fs/cgroup/memory.pressure", text)
+    assert tree.probe.stalled_percent() == 0.0

@@ -6,7 +6,7 @@ makes both limits small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,14 +18,13 @@ from edgert.architectures.registry import open_architecture
 from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.engine.trace import OFF, Trace
-from edgert.errors import BudgetTooSmall
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
 from offload import residency
 from offload.arena import Arena
 from offload.embedding import EmbeddingRows
 from offload.experts import ExpertPool, PoolShape, split_experts
-from offload.residency import Piece, choose, cut
+from offload.residency import Piece, Residency, always_pinned, block_bytes, choose, cut
 from offload.window import WindowWeights
 
 
@@ -35,12 +34,17 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch, max_piece_bytes: int = 2**14) 
     monkeypatch.setattr(residency, "MAX_PIECE_BYTES", max_piece_bytes)
 
 
-def available_bytes(pieces: list[Piece], share: float) -> int:
-    """Bytes for weights between the fewest that work (0.0) and all of them (1.0)."""
-    with pytest.raises(BudgetTooSmall) as refusal:
-        choose(pieces, 0, 0, 0)
-    least = refusal.value.smallest_bytes
-    return least + int((sum(p.slot_bytes for p in pieces) - least) * share)
+def residency_of(pieces: Sequence[Piece], share: float) -> Residency:
+    """Pinned pieces and a window in memory between the least that works (0.0) and all weights (1.0)."""
+    large = [p for p in pieces if not always_pinned(p)]
+    small_bytes, total_bytes = (sum(p.slot_bytes for p in of) for of in ([*{*pieces} - {*large}], pieces))
+    largest = max(block_bytes(large).values(), default=0)
+    least_window = largest + max((p.slot_bytes for p in large), default=0)
+    available = small_bytes + least_window + int((total_bytes - small_bytes - least_window) * share)
+    if available >= total_bytes:
+        return choose(pieces, total_bytes, 0)
+    window = max(least_window, min(2 * largest, (available - small_bytes) // 2))
+    return choose(pieces, available - window, window)
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def open_streaming(path: Path, share: float = 0.0, *, context_length: int = 1024
     kv = DenseKVCache(backend, arch.hp, context_length)
     pieces, experts = (cut(file, arch), []) if n_slots is None else split_experts(cut(file, arch))
     pool = (PoolShape.of(experts), n_slots) if n_slots is not None else None
-    chosen = choose(pieces, available_bytes(pieces, share), 0, 0)
+    chosen = residency_of(pieces, share)
     arena = Arena(chosen.pinned_bytes + chosen.window_bytes + EmbeddingRows.arena_bytes(file, batch_size)
                   + (pool[1] * pool[0].slot_bytes if pool else 0))
     weights = WindowWeights(backend, file, arch, chosen, arena, n_threads=n_readers, batch_size=batch_size, trace=trace,

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from edgert.architectures.base import OUTPUT, Block, TensorSpec, blocks_of
 from edgert.architectures.registry import open_architecture
-from edgert.errors import BudgetTooSmall
 from edgert.gguf.model_file import ModelFile
 from offload import residency
 from offload.arena import PAGE_BYTES
 from offload.readers import aligned_range
-from offload.residency import Piece, block_bytes, choose, cut
+from offload.residency import Piece, always_pinned, choose, cut
 
 KIB, MIB = 2**10, 2**20
 fuzzed = settings(derandomize=True, deadline=None, max_examples=60)
@@ -59,67 +58,61 @@ def total(pieces: Sequence[Piece]) -> int:
     return sum(p.slot_bytes for p in pieces)
 
 
-def smallest(pieces: Sequence[Piece]) -> int:
-    """The fewest bytes that hold these pieces, as the refusal of none at all says."""
-    with pytest.raises(BudgetTooSmall) as refusal:
-        choose(pieces, 0, 0, 0)
-    return refusal.value.smallest_bytes
+def small(pieces: Sequence[Piece]) -> int:
+    """The bytes that are pinned whatever happens."""
+    return total([p for p in pieces if always_pinned(p)])
 
 
 @fuzzed
 @given(models(), st.integers(0, 10**6))
 def test_every_piece_is_pinned_or_streamed_in_the_order_of_the_model(pieces: list[Piece], share: int) -> None:
-    available = smallest(pieces) + total(pieces) * share // 10**6
-    chosen = choose(pieces, available, available, 0)
+    chosen = choose(pieces, small(pieces) + total(pieces) * share // 10**6, MIB)
     order = {p: number for number, p in enumerate(pieces)}
     for part in (chosen.pinned, chosen.streamed):
         assert [order[p] for p in part] == sorted(order[p] for p in part)
     assert sorted((*chosen.pinned, *chosen.streamed), key=order.__getitem__) == pieces
+    assert sorted(chosen.keep, key=order.__getitem__) == [*chosen.pinned]
     assert chosen.pinned_bytes + chosen.streamed_bytes == total(pieces)
 
 
 @fuzzed
 @given(models(), st.integers(0, 10**6))
-def test_pinned_pieces_and_window_stay_within_what_is_available(pieces: list[Piece], share: int) -> None:
-    available = smallest(pieces) + total(pieces) * share // 10**6
-    chosen = choose(pieces, available, available, 0)
-    assert chosen.pinned_bytes + chosen.window_bytes <= available
-    if chosen.streamed:
-        assert chosen.window_bytes >= max(block_bytes(chosen.streamed).values())
-        # Nothing lies idle: beyond a comfortable window, less is left than the smallest piece that streams.
-        largest = max(p.slot_bytes for p in chosen.streamed)
-        assert available - chosen.pinned_bytes - chosen.window_bytes < PAGE_BYTES
-        assert chosen.window_bytes <= 2 * max(block_bytes(pieces).values()) + 2 * largest
-
-
-@fuzzed
-@given(models(), st.integers(1, 10**7), st.integers(0, 10**9))
-def test_a_budget_too_small_is_refused_with_the_smallest_that_works(pieces: list[Piece], missing: int,
-                                                                    fixed_bytes: int) -> None:
-    with pytest.raises(BudgetTooSmall) as refusal:
-        choose(pieces, -fixed_bytes, 0, fixed_bytes)
-    works = refusal.value.smallest_bytes
-    assert refusal.value.needed_bytes == works
-    chosen = choose(pieces, works - fixed_bytes, works, fixed_bytes)
-    assert chosen.pinned_bytes + chosen.window_bytes <= works - fixed_bytes
-    with pytest.raises(BudgetTooSmall) as again:
-        choose(pieces, works - fixed_bytes - missing, works - missing, fixed_bytes)
-    assert (again.value.smallest_bytes, again.value.budget_bytes) == (works, works - missing)
+def test_pinned_pieces_and_window_fill_what_the_plan_gives(pieces: list[Piece], share: int) -> None:
+    room, window = small(pieces) + total(pieces) * share // 10**6, 64 * MIB
+    chosen = choose(pieces, room, window)
+    assert chosen.pinned_bytes <= room
+    assert chosen.pinned_bytes + chosen.window_bytes <= room + window
+    if chosen.streamed:  # nothing lies idle: less is left than the smallest piece that streams
+        assert room + window - chosen.pinned_bytes - chosen.window_bytes < PAGE_BYTES
+        assert chosen.window_bytes - window < min(p.slot_bytes for p in chosen.streamed)
 
 
 @fuzzed
 @given(models(), st.lists(st.integers(0, 12 * 10**5), min_size=2, max_size=8))
 def test_more_memory_never_streams_more(pieces: list[Piece], shares: list[int]) -> None:
-    least = smallest(pieces)
-    streamed = [choose(pieces, least + total(pieces) * share // 10**6, 0, 0).streamed_bytes for share in sorted(shares)]
+    rooms = [small(pieces) + total(pieces) * share // 10**6 for share in sorted(shares)]
+    streamed = [choose(pieces, room, 0).streamed_bytes for room in rooms]
     assert streamed == sorted(streamed, reverse=True)
 
 
 @fuzzed
-@given(models())
-def test_what_fits_is_pinned_whole_and_needs_no_window(pieces: list[Piece]) -> None:
-    chosen = choose(pieces, total(pieces), total(pieces), 0)
-    assert (chosen.pinned, chosen.streamed, chosen.window_bytes) == (tuple(pieces), (), 0)
+@given(models(), st.integers(0, 64))
+def test_what_fits_is_pinned_whole_and_the_window_is_as_planned(pieces: list[Piece], window: int) -> None:
+    chosen = choose(pieces, total(pieces) + 1, window * MIB)
+    assert (chosen.pinned, chosen.streamed, chosen.window_bytes) == (tuple(pieces), (), window * MIB)
+
+
+@fuzzed
+@given(models(), st.integers(0, 10**6), st.integers(0, 1000))
+def test_what_is_given_up_streams_and_small_tensors_are_worth_most(pieces: list[Piece], share: int, n: int) -> None:
+    chosen = choose(pieces, small(pieces) + total(pieces) * share // 10**6, 0)
+    n_small = sum(always_pinned(p) for p in pieces)
+    assert all(always_pinned(p) for p in chosen.keep[:n_small])
+    n_kept = min(n_small + n, len(chosen.keep))
+    beyond = chosen.streamed_beyond(n_kept)
+    assert {*chosen.keep[:n_kept]}.isdisjoint(beyond)
+    assert [p for p in pieces if p in {*beyond}] == [*beyond]
+    assert total(beyond) + total(chosen.keep[:n_kept]) == total(pieces)
 
 
 @pytest.mark.parametrize("sizes", [(MIB,), (MIB, MIB), (2 * MIB, MIB, 8 * MIB, 8 * MIB),
@@ -128,7 +121,7 @@ def test_what_fits_is_pinned_whole_and_needs_no_window(pieces: list[Piece]) -> N
 def test_pinned_pieces_are_spread_evenly(sizes: tuple[int, ...], percent: int) -> None:
     """So that the computation of pinned pieces hides the reads of streamed ones, wherever a step is."""
     pieces = layers(24, sizes)
-    chosen = choose(pieces, total(pieces) * percent // 100, 0, 0)
+    chosen = choose(pieces, total(pieces) * percent // 100, 0)
     pinned, passed, held = set(chosen.pinned), 0, 0
     share = chosen.pinned_bytes / total(pieces)
     for p in pieces:
@@ -140,16 +133,11 @@ def test_pinned_pieces_are_spread_evenly(sizes: tuple[int, ...], percent: int) -
 
 def test_small_tensors_and_norms_are_always_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = layers(4, (64 * KIB, MIB, MIB), norm_bytes=256 * KIB)  # a norm that large: 65536 wide
-    chosen = choose(pieces, smallest(pieces), 0, 0)
+    chosen = choose(pieces, small(pieces), 0)
     assert {p.spec.key for p in chosen.streamed} == {"matrix_2.weight", "matrix_3.weight"}
     monkeypatch.setattr(residency, "_SMALL_BYTES", 0)
-    chosen = choose(pieces, smallest(pieces), 0, 0)
+    chosen = choose(pieces, small(pieces), 0)
     assert all(p.spec.use == "vector" for p in chosen.pinned)
-
-
-def test_a_model_of_small_tensors_only_is_refused_too() -> None:
-    pieces = layers(2, (KIB, KIB))
-    assert smallest(pieces) == total(pieces)
 
 
 @fuzzed

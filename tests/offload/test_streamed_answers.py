@@ -27,10 +27,14 @@ from edgert.engine.trace import OFF, Trace
 from edgert.errors import BudgetTooSmall
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
+from edgert.memory.model import Sizes
+from edgert.memory.planner import Demand, plan_with
 from edgert.memory.probe import MemoryProbe
+from edgert.planning import shape_of
 from edgert.speculation import MAX_PASS_TOKENS, SHAPES
 from edgert.text.tokenizer import Tokenizer
-from offload.loading import open_window
+from offload.loading import measure_overheads, open_window
+from offload.residency import cut
 
 TinyModel = Callable[..., Path]
 GREEDY = SamplingParams(temperature=0)
@@ -106,9 +110,14 @@ def test_guesses_take_no_memory_that_was_not_reserved(tiny_model: TinyModel) -> 
     file = ModelFile.open(tiny_model("llama", n_layers=3, vocab_size=1000, vocabulary=False))
     arch, backend = open_architecture(file), Backend(1)
     kv = DenseKVCache(backend, arch.hp, 512)
-    graphs, probe = BlockwiseGraphs(backend, arch, kv), MemoryProbe()
-    weights = open_window(backend, file, arch, kv, graphs, 2**32, batch_size=32, n_logits=MAX_PASS_TOKENS, probe=probe)
+    graphs, pieces = BlockwiseGraphs(backend, arch, kv), cut(file, arch)
+    overheads = measure_overheads(backend, file, arch, kv, graphs, pieces, batch_size=32, n_logits=MAX_PASS_TOKENS,
+                                  probe=MemoryProbe(), budget_bytes=2**32)
     reserved_bytes = graphs.compute_bytes
+    assert overheads.compute_bytes[graphs.part_tokens] == reserved_bytes
+    demand = Demand(shape_of(file, arch, pieces, "f16"), overheads, 512, 32)
+    sizes = Sizes("streamed", demand.shape.small_bytes + demand.shape.large_bytes, part_tokens=graphs.part_tokens)
+    weights = open_window(backend, file, arch, pieces, plan_with(demand, 2**32, sizes))
     engine = Engine(arch, weights, kv, backend, batch_size=32, graphs=graphs)
     try:
         for n_tokens in (32, *SHAPES, 300, *SHAPES):
@@ -179,7 +188,7 @@ def test_a_trace_tells_what_each_step_took_and_read(path: Path, tmp_path: Path) 
 
 
 def test_twenty_loads_and_answers_leave_nothing(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgert.runtime._RESIDENT_OVERHEAD_BYTES", 2**50)  # so that a tiny model streams
+    monkeypatch.setattr("offload.loading._fused_bytes", lambda *_: 2**50)  # so that a tiny model streams
     path = tiny_model("llama", quantisation="F32", hidden_size=256, ffn_size=1024, n_layers=8)
 
     def use() -> None:

@@ -285,14 +285,13 @@ def test_a_file_that_is_removed_or_replaced_is_read_as_it_was(path: Path, engine
 
 def test_a_file_that_changes_between_its_header_and_its_weights_is_refused(path: Path,
                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    from streaming import choose  # where the plan is made, the header has been read
+    from streaming import residency_of  # where the plan is made, the header has been read
 
     def cut_meanwhile(*arguments: object) -> object:
         os.truncate(path, path.stat().st_size - 1)
-        return choose(*arguments)  # type: ignore[arg-type]
+        return residency_of(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("streaming.choose", cut_meanwhile)
-    monkeypatch.setattr("streaming.available_bytes", lambda pieces, share: sum(p.slot_bytes for p in pieces))
+    monkeypatch.setattr("streaming.residency_of", cut_meanwhile)
     with pytest.raises(ModelFileError, match="changed"), open_streaming(path):
         pass
 

@@ -1,0 +1,227 @@
+"""The theoretical model: how many bytes a plan takes, and how long a token and a prompt take with it.
+
+Pure functions of a model's shape, a device's profile, a plan's sizes and the number of tokens. Each says its formula.
+Sources: SpeContext, arXiv 2512.00722, section 6 (memory as a sum of closed terms); TPI-LLM, arXiv 2410.00531, section
+3.3 (reading hides behind computing while it takes no longer).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from edgert.memory.profile import DeviceProfile, Layout, Limit
+from edgert.memory.shape import ModelShape, Overheads, Phase
+
+# KV takes memory in cells of this many tokens (edgert/engine/kv_cache.py).
+CELLS_PER_BUCKET = 256
+# Norms, RoPE, residual sums, products: what a layer has besides the arithmetic of its matrices.
+_OPS_PER_LAYER = 24
+_BLOCKS_PER_LAYER = 2
+_IN_FLIGHT_BYTES = 40 * 2**20
+# Prefill in parts over prefill in whole batches of 512 (measured, edgert/engine/blockwise.py).
+_PART_COST = {256: 1.02, 128: 1.09}
+# A matrix product that reads memory at this share of the device's bandwidth waits for memory.
+_MEMORY_BOUND_SHARE = 0.6
+# Expert hits by share of the experts that are in memory, with eviction by recency. Source: routing of Qwen3-235B in
+# decode (the boyle project's curves); replaced by what is measured, where something is.
+HIT_CURVE: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.05, 0.34), (0.12, 0.58), (0.25, 0.80), (0.36, 0.89),
+                                              (0.55, 0.96), (1.0, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a plan decides: where the weights' bytes lie, and in which layout they compute."""
+
+    weights: Literal["resident", "streamed"]
+    pinned_bytes: int = 0
+    window_bytes: int = 0
+    pool_slots: int = 0  # experts that have room
+    part_tokens: int = 256  # of a batch, computed at once where weights stream: the same bits, smaller buffers
+    repacked: Mapping[Phase, frozenset[int]] = field(default_factory=dict)
+
+    def layout(self, type_id: int, phase: Phase) -> Layout:
+        return "repack" if type_id in self.repacked.get(phase, ()) else "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Seconds of one pass, by what they are spent on, and what would have to be faster."""
+
+    read_s: float
+    multiply_s: float
+    attend_s: float
+    overhead_s: float
+    total_s: float
+    limit: Limit
+
+
+def expected_hit_rate(residency: float, curve: Sequence[tuple[float, float]] = HIT_CURVE) -> float:
+    """Share of the experts asked for that are in memory, when `residency` of all experts are: linear between points."""
+    if residency >= curve[-1][0]:
+        return curve[-1][1]
+    index = bisect_right([x for x, _ in curve], max(residency, curve[0][0]))
+    (x0, y0), (x1, y1) = [*pairwise(curve)][index - 1]
+    return y0 + (y1 - y0) * (residency - x0) / (x1 - x0)
+
+
+def kv_bytes(shape: ModelShape, n_tokens: int) -> int:
+    """Memory of the dense cache that holds `n_tokens`.
+
+    n_tokens, up to the next multiple of 256, times 2 (K and V) * n_layers * KV heads * head size * bytes of a value.
+    Tiers of a later cache take their place here.
+    """
+    return -(-n_tokens // CELLS_PER_BUCKET) * CELLS_PER_BUCKET * shape.kv_bytes_per_token
+
+
+def token_bytes(shape: ModelShape, n_tokens: int) -> int:
+    """What a text of `n_tokens` takes where weights stream: KV, and n_tokens * the hidden state between two layers."""
+    return kv_bytes(shape, n_tokens) + n_tokens * shape.hidden_bytes_per_token
+
+
+def repacked_bytes(shape: ModelShape, sizes: Sizes) -> int:
+    """The second copy of what computes faster repacked: each such matrix once more, in the same size."""
+    types = frozenset[int]().union(*sizes.repacked.values())
+    return sum(n_bytes for type_id, n_bytes in shape.repackable_bytes.items() if type_id in types)
+
+
+def memory_bytes(shape: ModelShape, overheads: Overheads, sizes: Sizes, n_tokens: int) -> int:
+    """Peak memory of the process with `n_tokens` in the cache.
+
+    Resident: process + growth + compute buffer + file + repacked copy + KV.
+    Streamed: process + growth + compute buffers + rows of the embedding + pinned + window + slots of experts + KV +
+    n_tokens * hidden state; and where not even a layer's experts have room, their outputs for all batches but one.
+    """
+    if sizes.weights == "resident":
+        return overheads.resident_bytes + shape.file_bytes + repacked_bytes(shape, sizes) + kv_bytes(shape, n_tokens)
+    keeps = sizes.pool_slots < shape.n_experts
+    kept_bytes = max(0, n_tokens - overheads.batch_size) * shape.kept_bytes_per_token if keeps else 0
+    return (overheads.streamed_bytes(sizes.part_tokens) + sizes.pinned_bytes + sizes.window_bytes
+            + sizes.pool_slots * shape.slot_bytes + token_bytes(shape, n_tokens) + kept_bytes)
+
+
+def streamed_bytes(shape: ModelShape, sizes: Sizes) -> int:
+    """What every pass reads: large tensors that are not pinned. Each only once, whatever the number of tokens."""
+    if sizes.weights == "resident":
+        return 0
+    return max(0, shape.large_bytes + shape.small_bytes - sizes.pinned_bytes)
+
+
+def hit_rate(shape: ModelShape, sizes: Sizes, n_tokens: int,
+             curve: Sequence[tuple[float, float]] = HIT_CURVE) -> float:
+    """Share of a pass's experts that need not be read. One token: by recency. A prompt asks for all of them, each once:
+    the share that has a slot."""
+    if sizes.weights == "resident" or not shape.n_experts:
+        return 1.0
+    residency = min(1.0, sizes.pool_slots / shape.n_slots)
+    return expected_hit_rate(residency, curve) if n_tokens == 1 else residency
+
+
+def missed_expert_bytes(shape: ModelShape, sizes: Sizes, n_tokens: int,
+                        curve: Sequence[tuple[float, float]] = HIT_CURVE) -> float:
+    """What one pass reads of the experts: (1 - hit rate) * share of the experts asked for * bytes of all of them."""
+    if not shape.n_experts:
+        return 0.0
+    asked = min(1.0, n_tokens * shape.n_experts_used / shape.n_experts)
+    return (1 - hit_rate(shape, sizes, n_tokens, curve)) * asked * shape.n_slots * shape.slot_bytes
+
+
+def overlap(shape: ModelShape, sizes: Sizes) -> float:
+    """The share of the shorter of reading and computing that hides behind the longer.
+
+    (window - least window) / max(largest block, 40 MiB), between 0 and 1: the least window reads a block, then
+    computes; with another block's worth on its way, the disk is busy meanwhile.
+    """
+    ahead = sizes.window_bytes - least_window(shape)
+    return min(1.0, max(0.0, ahead / comfortable_bytes(shape)))
+
+
+def least_window(shape: ModelShape) -> int:
+    """The largest block at once, and the gap that a ring leaves at its end."""
+    return shape.largest_block_bytes + shape.largest_piece_bytes
+
+
+def comfortable_bytes(shape: ModelShape) -> int:
+    """What should be on its way beyond the least window. Half of 40 MiB costs 6-16 % of a token's speed (Qwen2.5-1.5B
+    at a half and a quarter of its size, a disk of 3.8 GB/s)."""
+    return max(shape.largest_block_bytes, _IN_FLIGHT_BYTES)
+
+
+def predict(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int, n_cached: int = 0, *,
+            batch_size: int = 512, curve: Sequence[tuple[float, float]] = HIT_CURVE) -> Prediction:
+    """One pass of `n_tokens` over a cache of `n_cached`: a token of an answer, or a prompt.
+
+    reading = bytes / disk bandwidth; computing = products + attention + overhead; both times what answers before have
+    taught; total = longer + (1 - overlap) * shorter. Experts, which nobody knows before their layer: those that are
+    here compute while the others are read, max(reading, hits * products) + (1 - hits) * products.
+    """
+    byte_s, learnt = profile.corrected("disk") / profile.disk.bytes_s, profile.corrected("compute")
+    read_s, expert_read_s = streamed_bytes(shape, sizes) * byte_s, \
+        missed_expert_bytes(shape, sizes, n_tokens, curve) * byte_s
+    multiply_s = _multiply(shape, profile, sizes, n_tokens, batch_size) * learnt
+    expert_s = _multiply_experts(shape, profile, sizes, n_tokens, batch_size) * learnt
+    attend_s = _attend(shape, profile, n_tokens, n_cached) * learnt
+    overhead_s = _overhead(shape, profile, sizes, -(-n_tokens // batch_size)) * learnt
+    compute_s, hits = multiply_s + attend_s + overhead_s, hit_rate(shape, sizes, n_tokens, curve)
+    limit = _limit(shape, profile, read_s + expert_read_s, compute_s + expert_s, multiply_s + expert_s, n_tokens)
+    total_s = max(read_s, compute_s) + (1 - overlap(shape, sizes)) * min(read_s, compute_s) \
+        + max(expert_read_s, hits * expert_s) + (1 - hits) * expert_s
+    return Prediction(read_s + expert_read_s, multiply_s + expert_s, attend_s, overhead_s, total_s, limit)
+
+
+def _multiply(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int, batch_size: int) -> float:
+    """Sum over batches and types: bytes of the matrices * seconds per byte at the batch's size; the head once, for the
+    last token."""
+    phase: Phase = "decode" if n_tokens <= 4 else "prefill"
+    total_s = sum(profile.multiply(t, sizes.layout(t, phase), n_bytes, 1) for t, n_bytes in shape.head_bytes.items())
+    for n in _batches(n_tokens, batch_size):
+        total_s += sum(profile.multiply(t, sizes.layout(t, phase), n_bytes, n)
+                       for t, n_bytes in shape.matrix_bytes.items())
+    in_parts = sizes.weights == "streamed" and n_tokens > sizes.part_tokens and not shape.n_experts
+    return total_s * (_PART_COST.get(sizes.part_tokens, 1.0) if in_parts else 1.0)
+
+
+def _multiply_experts(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int,
+                      batch_size: int) -> float:
+    """Those that are used, each by its share of the batch's tokens."""
+    if not shape.n_experts:
+        return 0.0
+    phase: Phase = "decode" if n_tokens <= 4 else "prefill"
+    share = shape.n_experts_used / shape.n_experts
+    return sum(profile.multiply(t, sizes.layout(t, phase), n_bytes * min(1.0, n * share), max(1.0, n * share))
+               for n in _batches(n_tokens, batch_size) for t, n_bytes in shape.expert_bytes.items())
+
+
+def _batches(n_tokens: int, batch_size: int) -> list[int]:
+    full, rest = divmod(n_tokens, batch_size)
+    return [batch_size] * full + [rest] * (rest > 0)
+
+
+def _attend(shape: ModelShape, profile: DeviceProfile, n_tokens: int, n_cached: int) -> float:
+    """2 (K and V) * heads * head size * cached tokens that each token sees, summed over layers."""
+    seen = n_tokens * (n_cached + (n_tokens + 1) / 2)
+    n_full = shape.n_layers - shape.n_window_layers
+    in_window = min(seen, n_tokens * shape.window)
+    products = 2 * shape.n_heads * shape.head_dim * (n_full * seen + shape.n_window_layers * in_window)
+    return profile.attend(shape.head_dim, products, n_tokens)
+
+
+def _overhead(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_batches: int) -> float:
+    """Layers * 24 small operations; and where blocks come one by one, 2 blocks a layer of Python's time."""
+    seconds = shape.n_layers * _OPS_PER_LAYER * profile.op_s
+    if sizes.weights == "streamed":
+        seconds += (shape.n_layers * _BLOCKS_PER_LAYER + 1) * profile.block_s
+    return seconds * n_batches
+
+
+def _limit(shape: ModelShape, profile: DeviceProfile, read_s: float, compute_s: float, multiply_s: float,
+           n_tokens: int) -> Limit:
+    if read_s > compute_s:
+        return "disk"
+    used = shape.n_experts_used / shape.n_experts if shape.n_experts else 0.0
+    touched = sum((*shape.matrix_bytes.values(), *shape.head_bytes.values())) + used * sum(shape.expert_bytes.values())
+    waits = n_tokens == 1 and multiply_s > 0 and touched / multiply_s > _MEMORY_BOUND_SHARE * profile.memory_bytes_s
+    return "memory bandwidth" if waits else "compute"

@@ -1,0 +1,218 @@
+"""The plan with the least predicted time per token within a budget. Pure: the same inputs give the same plan.
+
+The candidates for a budget are among those for every larger one, so more memory never predicts a slower answer. Batch
+size, layout and threads are given: they decide the last bits of an answer, which no budget may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+from edgert.errors import BudgetTooSmall
+from edgert.memory.model import (
+    CELLS_PER_BUCKET,
+    HIT_CURVE,
+    Prediction,
+    Sizes,
+    comfortable_bytes,
+    kv_bytes,
+    least_window,
+    memory_bytes,
+    missed_expert_bytes,
+    predict,
+    streamed_bytes,
+    token_bytes,
+)
+from edgert.memory.profile import DeviceProfile
+from edgert.memory.shape import ModelShape, Overheads, Phase
+
+# Windows that are tried: so many eighths of what is comfortable, beyond the least that works.
+_N_WINDOWS = 8
+_N_POOLS = 32  # sizes of the expert pool that are tried
+# KV memory is handed out in so many stages, so that what a short text does not need holds weights.
+_N_STAGES = 8
+# Without a context: KV gets at most this share of the budget, but never fewer tokens.
+_KV_SHARE, _MIN_DEFAULT_CONTEXT, _MAX_DEFAULT_CONTEXT = 0.125, 1024, 8192
+# Budgets are searched to this precision.
+_PRECISION_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is asked for: the model, how it is to run, and what it takes beside weights."""
+
+    shape: ModelShape
+    overheads: Overheads
+    context_length: int
+    batch_size: int = 512
+    repacked: Mapping[Phase, frozenset[int]] = field(default_factory=dict)  # where everything is resident
+    curve: Sequence[tuple[float, float]] = HIT_CURVE
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Up to `n_tokens` in the cache, `pinned_bytes` of weights stay."""
+
+    n_tokens: int
+    pinned_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What lies where. `sizes` hold when the context is full; `stages` say what is pinned until then."""
+
+    budget_bytes: int
+    context_length: int
+    batch_size: int
+    sizes: Sizes
+    stages: tuple[Stage, ...]
+    kv_bytes: int
+    streamed_bytes: int  # of every pass, when the context is full
+    peak_bytes: int
+
+    def stage(self, n_tokens: int) -> Stage:
+        """The stage that holds `n_tokens`: a look-up, for it happens before every token."""
+        return next((stage for stage in self.stages if n_tokens <= stage.n_tokens), self.stages[-1])
+
+    def sizes_at(self, n_tokens: int) -> Sizes:
+        """What is pinned with `n_tokens` in the cache."""
+        return replace(self.sizes, pinned_bytes=self.stage(n_tokens).pinned_bytes)
+
+
+def make_plan(demand: Demand, profile: DeviceProfile, budget_bytes: int) -> Plan:
+    """The best plan within `budget_bytes` for the whole process. Raises BudgetTooSmall with the smallest that works."""
+    candidates = [*_candidates(demand, budget_bytes)]
+    if not candidates:
+        smallest = smallest_budget(demand)
+        raise BudgetTooSmall("this model", smallest, budget_bytes, smallest)
+    best = min(candidates, key=lambda sizes: (_decode_s(demand, profile, sizes), -sizes.part_tokens,
+                                              _read_bytes(demand, sizes)))
+    return _plan(demand, best, budget_bytes)
+
+
+def plan_with(demand: Demand, budget_bytes: int, sizes: Sizes) -> Plan:
+    """A plan of these very sizes, for comparisons. Raises BudgetTooSmall where they do not fit."""
+    needed = memory_bytes(demand.shape, demand.overheads, sizes, demand.context_length)
+    if needed > budget_bytes:
+        raise BudgetTooSmall("this plan", needed, budget_bytes, needed)
+    return _plan(demand, sizes, budget_bytes)
+
+
+def smallest_budget(demand: Demand) -> int:
+    """The least memory that works, in bytes: everything but weights, small tensors, and the least window; or the
+    whole file, where that is less."""
+    shape = demand.shape
+    resident = memory_bytes(shape, demand.overheads, Sizes("resident"), demand.context_length)
+    part = _least_part(demand.overheads)
+    streamed = (Sizes("streamed", pinned, window, slots, part)
+                for pinned, window in ((shape.small_bytes, least_window(shape)),
+                                       (shape.small_bytes + shape.large_bytes, 0)) for slots in _pools(shape)[:2])
+    return min(resident, *(memory_bytes(shape, demand.overheads, sizes, demand.context_length) for sizes in streamed))
+
+
+def budget_for(demand: Demand, profile: DeviceProfile, target_tok_s: float, most_bytes: int) -> int | None:
+    """The smallest budget up to `most_bytes` whose plan is predicted to reach the target; None where none does."""
+    low, high = smallest_budget(demand), most_bytes
+    if low > high or tok_s(demand, profile, make_plan(demand, profile, high)) < target_tok_s:
+        return None
+    while high - low > _PRECISION_BYTES:
+        middle = (low + high) // 2
+        if tok_s(demand, profile, make_plan(demand, profile, middle)) >= target_tok_s:
+            high = middle
+        else:
+            low = middle
+    return low if tok_s(demand, profile, make_plan(demand, profile, low)) >= target_tok_s else high
+
+
+def predict_pass(demand: Demand, profile: DeviceProfile, plan: Plan, n_tokens: int, n_cached: int = 0) -> Prediction:
+    """A pass of `n_tokens` over a cache of `n_cached`: one token of an answer, or a prompt."""
+    return predict(demand.shape, profile, plan.sizes_at(n_cached + n_tokens), n_tokens, n_cached,
+                   batch_size=plan.batch_size, curve=demand.curve)
+
+
+def tok_s(demand: Demand, profile: DeviceProfile, plan: Plan) -> float:
+    """Predicted tokens per second when half of the context is used: the figure by which plans are compared."""
+    return 1 / _decode_s(demand, profile, plan.sizes)
+
+
+def default_context(trained: int, kv_bytes_per_token: int, budget_bytes: int | None) -> int:
+    """Tokens of context where the user names none: as many as the model was trained for, at most 8192, and within a
+    budget no more than an eighth of it holds, but 1024."""
+    length = min(trained, _MAX_DEFAULT_CONTEXT)
+    if budget_bytes is None:
+        return length
+    affordable = int(budget_bytes * _KV_SHARE) // kv_bytes_per_token
+    return min(length, max(_MIN_DEFAULT_CONTEXT, affordable // CELLS_PER_BUCKET * CELLS_PER_BUCKET))
+
+
+def _decode_s(demand: Demand, profile: DeviceProfile, sizes: Sizes) -> float:
+    return predict(demand.shape, profile, sizes, 1, demand.context_length // 2, curve=demand.curve).total_s
+
+
+def _read_bytes(demand: Demand, sizes: Sizes) -> float:
+    """What a token reads: of two plans of equal speed, the one that leaves the disk alone."""
+    return streamed_bytes(demand.shape, sizes) + missed_expert_bytes(demand.shape, sizes, 1, demand.curve)
+
+
+def _candidates(demand: Demand, budget_bytes: int) -> Iterator[Sizes]:
+    """Every kind of plan, filled up to the budget with pinned weights."""
+    shape, context = demand.shape, demand.context_length
+    for resident in (Sizes("resident", repacked=demand.repacked), Sizes("resident")):
+        if memory_bytes(shape, demand.overheads, resident, context) <= budget_bytes:
+            yield resident
+    most = shape.small_bytes + shape.large_bytes
+    windows = [least_window(shape) + comfortable_bytes(shape) * step // _N_WINDOWS for step in range(_N_WINDOWS + 1)]
+    for slots, part in product(_pools(shape), demand.overheads.compute_bytes):
+        empty = Sizes("streamed", pool_slots=slots, part_tokens=part)
+        free = budget_bytes - memory_bytes(shape, demand.overheads, empty, context)
+        if free >= most:  # what is left is for experts
+            more = (free - most) // shape.slot_bytes if shape.n_experts else 0
+            yield replace(empty, pinned_bytes=most, pool_slots=min(shape.n_slots, slots + more))
+        for window in windows:
+            if shape.small_bytes + window <= free and shape.large_bytes:
+                yield replace(empty, pinned_bytes=min(most, free - window), window_bytes=window)
+
+
+def _pools(shape: ModelShape) -> list[int]:
+    """Slots for experts: the least that works, a layer's, and on to all experts. The same for every budget."""
+    if not shape.n_experts:
+        return [0]
+    layer, most = shape.n_experts, shape.n_slots
+    return sorted({min(most, shape.least_slots), *(layer + (most - layer) * step // _N_POOLS
+                                                   for step in range(_N_POOLS + 1))})
+
+
+def _least_part(overheads: Overheads) -> int:
+    """The part whose compute buffers take least."""
+    return min(overheads.compute_bytes, key=overheads.compute_bytes.__getitem__)
+
+
+def _plan(demand: Demand, sizes: Sizes, budget_bytes: int) -> Plan:
+    shape, context = demand.shape, demand.context_length
+    streamed = streamed_bytes(shape, sizes)
+    return Plan(budget_bytes, context, demand.batch_size, sizes, _stages(demand, sizes), kv_bytes(shape, context),
+                streamed, memory_bytes(shape, demand.overheads, sizes, context))
+
+
+def _stages(demand: Demand, sizes: Sizes) -> tuple[Stage, ...]:
+    """What can be pinned while the cache is not full: KV that is not there yet leaves its memory to weights.
+
+    Source: the thresholds of SpeContext, arXiv 2512.00722, algorithm 2; there KV moves out, here weights do.
+    """
+    shape, context = demand.shape, demand.context_length
+    most = shape.small_bytes + shape.large_bytes
+    if sizes.weights == "resident" or sizes.pinned_bytes >= most:
+        return (Stage(context, sizes.pinned_bytes),)
+    stages: list[Stage] = []
+    for number in range(1, _N_STAGES + 1):
+        cells = -(-context * number // _N_STAGES // CELLS_PER_BUCKET) * CELLS_PER_BUCKET
+        n_tokens = min(context, cells)
+        unused = token_bytes(shape, context) - token_bytes(shape, n_tokens)
+        stage = Stage(n_tokens, min(most, sizes.pinned_bytes + unused))
+        if stages and stages[-1].pinned_bytes == stage.pinned_bytes:
+            stages.pop()
+        if not stages or stages[-1].n_tokens < n_tokens:
+            stages.append(stage)
+    return tuple(stages)

@@ -1,0 +1,81 @@
+"""How fast this device is: its disk, its memory, and its kernels by quantisation type and batch size.
+
+Pure values and look-ups. Measuring is edgert/engine/calibration.py and offload/disk_speed.py; keeping what was
+measured is edgert/memory/profile_store.py.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Layout = Literal["plain", "repack"]
+Part = Literal["disk", "compute"]
+Limit = Literal["disk", "memory bandwidth", "compute"]
+# Seconds that 1 byte of a matrix takes for so many tokens, before anything was measured: a core of 2020 with AVX2.
+_NOMINAL_S_PER_BYTE = {1: 1.2e-10, 8: 4e-10, 256: 8e-9}
+# One answer's surprise is never believed whole, and never beyond a factor: a busy minute must not spoil the profile.
+_CORRECTION_SHARE, _MAX_CORRECTION = 0.3, 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """Direct reads of large pieces into huge pages, and how long the smallest read takes."""
+
+    bytes_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """One device with one number of threads. What was not measured has nominal figures."""
+
+    multiply_s: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """`type/layout` (12/plain) -> tokens at once -> seconds for each byte of the matrix."""
+    attend_s: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    """Size of a head -> tokens at once -> seconds for each multiplication with a cached value."""
+    op_s: float = 4e-6  # one small operation in a graph, and the threads' meeting after it
+    block_s: float = 6e-5  # Python's part of one block: lease, binding, call
+    memory_bytes_s: float = 1e10
+    disk: DiskSpeed = DiskSpeed(1e9, 2e-4)
+    n_threads: int = 1
+    corrections: Mapping[str, float] = field(default_factory=dict)
+    """Measured time over predicted time of reading and of computing, learnt from answers."""
+
+    def multiply(self, type_id: int, layout: Layout, n_bytes: float, n_tokens: float) -> float:
+        """Seconds to multiply `n_bytes` of matrices by `n_tokens` at once: between two measured batch sizes, linear;
+        beyond the largest, in batches of it."""
+        table = self.multiply_s.get(f"{type_id}/{layout}") or self.multiply_s.get(f"{type_id}/plain") \
+            or _NOMINAL_S_PER_BYTE
+        return n_bytes * _interpolated(table, n_tokens)
+
+    def attend(self, head_dim: int, n_products: float, n_tokens: int) -> float:
+        """Seconds for `n_products` multiplications of queries with cached keys, and as many with values."""
+        if not self.attend_s:
+            return n_products * 1.5e-10
+        nearest = min(self.attend_s, key=lambda size: abs(size - head_dim))
+        sizes = self.attend_s[nearest]
+        return n_products * sizes[min(sizes, key=lambda n: abs(n - min(n_tokens, max(sizes))))]
+
+    def corrected(self, part: Part) -> float:
+        """Factor for the predicted time of reading (`disk`) or of computing."""
+        return self.corrections.get(part, 1.0)
+
+    def learn(self, part: Part, measured_over_predicted: float) -> DeviceProfile:
+        """The profile after an answer, limited by `part`, that took so many times what was predicted."""
+        after = self.corrected(part) * max(measured_over_predicted, 1e-3) ** _CORRECTION_SHARE
+        bounded = min(_MAX_CORRECTION, max(1 / _MAX_CORRECTION, after))
+        return replace(self, corrections={**self.corrections, part: bounded})
+
+
+def _interpolated(table: Mapping[int, float], n: float) -> float:
+    sizes = sorted(table)
+    if n <= sizes[0]:
+        return table[sizes[0]]
+    if n >= sizes[-1]:
+        return table[sizes[-1]] * n / sizes[-1]
+    above = bisect_left(sizes, n)
+    low, high = sizes[above - 1], sizes[above]
+    return table[low] + (table[high] - table[low]) * (n - low) / (high - low)

@@ -1,0 +1,207 @@
+"""From a model file and a device to a plan: reads the header, measures what needs no weights, and asks the planner.
+
+The composition root's other half: it knows the parts (engine, offload) so that edgert/memory need not. `edgert plan`
+stops here; `Runtime` goes on and opens what the plan says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from edgert.architectures.base import MAX_CONTEXT, Architecture
+from edgert.architectures.registry import open_architecture
+from edgert.engine.blockwise import BlockwiseGraphs
+from edgert.engine.calibration import calibrate, device_key
+from edgert.engine.expert_graphs import Choice
+from edgert.engine.kv_cache import DenseKVCache, KVType, kv_bytes_per_token
+from edgert.engine.layouts import LayoutChoice, Layouts, choose_layouts
+from edgert.errors import UsageError
+from edgert.ggml.backend import Backend
+from edgert.ggml.library import load_libraries
+from edgert.gguf.model_file import ModelFile
+from edgert.memory.planner import Demand, Plan, default_context, make_plan
+from edgert.memory.probe import MemoryProbe
+from edgert.memory.profile import DeviceProfile, Part
+from edgert.memory.profile_store import ProfileStore
+from edgert.memory.shape import ModelShape
+from edgert.paths import Paths
+from edgert.speculation import MAX_PASS_TOKENS, Speculate
+from edgert.text.tokenizer import Tokenizer
+from edgert.text.vocabulary_header import has_vocabulary
+
+if TYPE_CHECKING:
+    from offload.residency import Piece
+
+_log = logging.getLogger(__name__)
+_MIN_CONTEXT_LENGTH, _MAX_BATCH = 8, 8192
+_MAX_THREADS = 512  # GGML_MAX_N_THREADS; libgomp crashes on many more
+# Other programs' memory is not ours to push out.
+_SHARE_OF_AVAILABLE = 0.9
+# The first calibration of a device: kernels, then the disk. Together under 10 s.
+_KERNELS_S, _DISK_S = 7.0, 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to open an engine: bytes or None for what is left, tokens or None for the default, and layouts."""
+
+    memory_bytes: int | None = None
+    context: int | None = None
+    n_threads: int = 1
+    batch_size: int = 512
+    kv_type: KVType = "f16"
+    layout: LayoutChoice = "auto"
+    speculate: Speculate = "auto"
+
+    def may_speculate(self, arch: Architecture) -> bool:
+        """Never with experts: each token of a pass brings its own, so that bytes grow with guesses, right or wrong."""
+        return self.speculate != "off" and arch.hp.n_experts == 0
+
+
+class Planning:
+    """A model with everything that a plan needs, open but without weights. Whoever goes on takes `backend`, `kv` and
+    `graphs` with `release`; else `close` gives them back."""
+
+    def __init__(self, file: ModelFile, paths: Paths, options: EngineOptions, probe: MemoryProbe, *,
+                 is_shard: bool = False) -> None:
+        """Raises ModelFileError, UsageError, OutOfMemory."""
+        from offload.disk_speed import disk_key
+        from offload.loading import measure_overheads
+        from offload.residency import cut
+
+        check_options(options)
+        self.file, self.options = file, options
+        self.arch = open_architecture(file)
+        self.pieces: Sequence[Piece] = cut(file, self.arch)
+        self.left_bytes = probe.process_bytes() + int(probe.available_bytes() * _SHARE_OF_AVAILABLE)
+        self.budget_bytes = self.left_bytes if options.memory_bytes is None else options.memory_bytes
+        with ExitStack() as opened:
+            self.backend = Backend(options.n_threads)
+            opened.callback(self.backend.close)
+            self.kv = DenseKVCache(self.backend, self.arch.hp, context_length_of(self.arch, options), options.kv_type)
+            opened.callback(self.kv.close)
+            self.graphs = BlockwiseGraphs(self.backend, self.arch, self.kv)
+            opened.callback(self.graphs.close)
+            self.layouts = _layouts(file, self.backend, options, paths)
+            self._store = ProfileStore(paths.cache / "device.json")
+            self.keys = device_key(self.backend), disk_key(file.path)
+            known, _ = self._store.load(*self.keys)
+            self.profile = known or DeviceProfile(n_threads=options.n_threads)
+            self.is_calibrated = known is not None
+            overheads = measure_overheads(self.backend, file, self.arch, self.kv, self.graphs, self.pieces,
+                                          batch_size=options.batch_size, is_shard=is_shard, probe=probe,
+                                          n_logits=MAX_PASS_TOKENS if options.may_speculate(self.arch) else 1,
+                                          budget_bytes=self.budget_bytes)
+            shape = shape_of(file, self.arch, self.pieces, options.kv_type)
+            self.demand = Demand(shape, overheads, self.kv.context_length, options.batch_size, self.layouts.repacked)
+            self._opened = opened.pop_all()
+
+    @classmethod
+    def open(cls, path: Path, paths: Paths, options: EngineOptions) -> Self:
+        """Plan for a file as `Runtime` would find the process: with ggml's libraries and the vocabulary in memory."""
+        file = ModelFile.open(path)
+        load_libraries()
+        vocabulary = Tokenizer.open(path) if has_vocabulary(file) else None
+        try:
+            return cls(file, paths, options, MemoryProbe())
+        finally:
+            if vocabulary is not None:
+                vocabulary.close()
+
+    def calibrate(self) -> None:
+        """Measure what is not known yet of this device: at most 10 s, and nothing the second time."""
+        from offload.disk_speed import measure_disk
+
+        known, disk = self._store.load(*self.keys)
+        types = {*self.demand.shape.matrix_bytes, *self.demand.shape.head_bytes, *self.demand.shape.expert_bytes}
+        profile = calibrate(self.backend, known, types, self.arch.hp.head_dim, _KERNELS_S)
+        profile = replace(profile, disk=disk or measure_disk(self.file.path, _DISK_S))
+        if profile != known:
+            self._store.save(*self.keys, profile)
+        self.profile, self.is_calibrated = profile, True
+
+    def learn(self, part: Part, measured_over_predicted: float) -> None:
+        """Correct the profile by an answer that took so many times what was predicted, and keep it."""
+        self.profile = self.profile.learn(part, measured_over_predicted)
+        self._store.save(*self.keys, self.profile)
+
+    def plan(self, budget_bytes: int | None = None) -> Plan:
+        """The best plan within `budget_bytes`, or within what was asked for. Raises BudgetTooSmall."""
+        return make_plan(self.demand, self.profile, self.budget_bytes if budget_bytes is None else budget_bytes)
+
+    def release(self) -> None:
+        """Backend, KV cache and graphs belong to somebody else now."""
+        self._opened.pop_all()
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+
+def shape_of(file: ModelFile, arch: Architecture, pieces: Sequence[Piece], kv_type: KVType) -> ModelShape:
+    """The model as the memory manager sees it."""
+    from offload.experts import PoolShape, least_slots, split_experts
+    from offload.residency import always_pinned, block_bytes
+
+    hp, (static, of_experts) = arch.hp, split_experts(pieces)
+    small, large = ([p for p in static if always_pinned(p) == stays] for stays in (True, False))
+    matrices, head, experts = Counter[int](), Counter[int](), Counter[int]()
+    for piece in pieces:
+        if piece.spec.use != "vector":
+            group = head if piece.block.kind == "output" else experts if piece in of_experts else matrices
+            group[piece.type_id] += piece.n_bytes
+    return ModelShape(
+        file_bytes=file.file_bytes, small_bytes=sum(p.slot_bytes for p in small),
+        large_bytes=sum(p.slot_bytes for p in large), largest_block_bytes=max(block_bytes(large).values(), default=0),
+        largest_piece_bytes=max((p.slot_bytes for p in large), default=0), matrix_bytes=dict(matrices),
+        head_bytes=dict(head), expert_bytes=dict(experts), n_layers=hp.n_layers, n_heads=hp.n_heads,
+        n_kv_heads=hp.n_kv_heads, head_dim=hp.head_dim, kv_bytes_per_token=kv_bytes_per_token(hp, kv_type),
+        hidden_bytes_per_token=4 * (hp.hidden_size + hp.carried_size), n_experts=hp.n_experts,
+        n_experts_used=hp.n_experts_used, slot_bytes=PoolShape.of(of_experts).slot_bytes if of_experts else 0,
+        least_slots=least_slots(hp) if of_experts else 0,
+        kept_bytes_per_token=Choice.size_bytes(hp, 1) if of_experts else 0, window=hp.window,
+        n_window_layers=len(hp.window_layers), context_length=hp.context_length,
+        repackable_bytes=dict(matrices + head + experts))
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raises UsageError for sizes that make no sense."""
+    if not 1 <= options.batch_size <= _MAX_BATCH:
+        raise UsageError(f"--batch {options.batch_size} is not between 1 and {_MAX_BATCH}")
+    if not 1 <= options.n_threads <= _MAX_THREADS:
+        raise UsageError(f"--threads {options.n_threads} is not between 1 and {_MAX_THREADS}")
+
+
+def _layouts(file: ModelFile, backend: Backend, options: EngineOptions, paths: Paths) -> Layouts:
+    """Within a budget weights are as the file holds them, resident or streamed: the budget never changes an answer."""
+    layout = "plain" if options.memory_bytes is not None and options.layout == "auto" else options.layout
+    matrices = frozenset(t.type.id for t in file.tensors.values() if len(t.shape) > 1)
+    return choose_layouts(layout, backend, matrices, paths.cache / "layouts.json")
+
+
+def context_length_of(arch: Architecture, options: EngineOptions) -> int:
+    """Tokens of context: what was asked for, or the default. Raises UsageError."""
+    trained = arch.hp.context_length
+    if options.context is None:
+        return default_context(trained, kv_bytes_per_token(arch.hp, options.kv_type), options.memory_bytes)
+    if options.context < _MIN_CONTEXT_LENGTH:
+        raise UsageError(f"a context of {options.context} tokens holds nothing", f"At least {_MIN_CONTEXT_LENGTH}.")
+    if options.context > MAX_CONTEXT:
+        raise UsageError(f"a context of {options.context} tokens is beyond every memory", f"At most {MAX_CONTEXT}.")
+    if options.context > trained:
+        _log.warning("the model was trained for %d tokens; --context %d goes beyond", trained, options.context)
+    return options.context
+

@@ -1,0 +1,123 @@
+"""The theoretical model's terms, one by one, against figures worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from shapes import MIB, OVERHEADS, moe_shape, profile, shape
+
+from edgert.memory.model import (
+    HIT_CURVE,
+    Sizes,
+    expected_hit_rate,
+    kv_bytes,
+    memory_bytes,
+    missed_expert_bytes,
+    overlap,
+    predict,
+    streamed_bytes,
+)
+
+STREAMED = Sizes("streamed", 401 * MIB, 94 * MIB)
+
+
+@pytest.mark.parametrize(("residency", "rate"), [(0, 0), (0.05, 0.34), (0.185, 0.69), (0.25, 0.80), (1, 1), (1.5, 1)])
+def test_hit_rates_are_those_of_the_trace_and_between_them(residency: float, rate: float) -> None:
+    assert expected_hit_rate(residency) == pytest.approx(rate)
+
+
+def test_measured_hit_rates_take_the_place_of_the_trace() -> None:
+    assert expected_hit_rate(0.5, [(0, 0), (1, 1)]) == 0.5
+    assert expected_hit_rate(0.5, HIT_CURVE) > 0.9
+
+
+def test_memory_is_the_sum_of_its_terms() -> None:
+    n_tokens = 300  # two buckets of 256 cells
+    assert kv_bytes(shape(), n_tokens) == 512 * 32 * 2**10
+    beside = (100 + 5 + 40 + 2) * MIB + 512 * 32 * 2**10 + 300 * 8192
+    assert memory_bytes(shape(), OVERHEADS, STREAMED, n_tokens) == beside + (401 + 94) * MIB
+    resident = Sizes("resident", repacked={"decode": frozenset({2})})
+    assert memory_bytes(shape(), OVERHEADS, resident, n_tokens) == \
+        (100 + 5 + 60) * MIB + 512 * 32 * 2**10 + (1024 + 900) * MIB
+
+
+def test_a_pass_reads_what_is_not_pinned_once_whatever_its_length() -> None:
+    assert streamed_bytes(shape(), STREAMED) == 560 * MIB
+    assert streamed_bytes(shape(), Sizes("resident")) == 0
+    one, many = (predict(shape(), profile(), STREAMED, n) for n in (1, 500))
+    assert one.read_s == many.read_s == pytest.approx(560 * MIB / 1e9)
+
+
+def test_experts_cost_what_is_missed() -> None:
+    sizes = Sizes("streamed", 225 * MIB, 0, pool_slots=512 // 4)
+    assert missed_expert_bytes(moe_shape(), sizes, 1) == pytest.approx(0.2 * 4 / 32 * 736 * MIB)
+    # In a prompt every expert that is not in memory is read once.
+    assert missed_expert_bytes(moe_shape(), sizes, 512) == pytest.approx(0.75 * 736 * MIB)
+    assert missed_expert_bytes(moe_shape(), Sizes("resident"), 1) == 0
+    assert missed_expert_bytes(shape(), STREAMED, 1) == 0
+
+
+def test_experts_that_are_here_compute_while_the_others_are_read() -> None:
+    sizes = Sizes("streamed", 225 * MIB, 0, pool_slots=512 // 4)
+    expert_s, read_s = 4 / 32 * 736 * MIB * 1e-10, 0.2 * 4 / 32 * 736 * MIB / 1e9
+    found, resident = (predict(moe_shape(), profile(), one, 1) for one in (sizes, Sizes("resident")))
+    assert found.multiply_s == pytest.approx(220 * MIB * 1e-10 + expert_s)
+    assert found.total_s == pytest.approx(resident.total_s + 33 * 3e-5 + max(read_s, 0.8 * expert_s) - 0.8 * expert_s)
+
+
+def test_less_than_a_layer_of_experts_keeps_their_outputs() -> None:
+    few, layer = (memory_bytes(moe_shape(), OVERHEADS, Sizes("streamed", 0, 0, n), 2000) for n in (31, 32))
+    assert few == layer - moe_shape().slot_bytes + (2000 - 512) * 40_000
+
+
+@pytest.mark.parametrize(("window_mib", "share"), [(54, 0), (74, 0.5), (94, 1), (200, 1)])
+def test_another_block_in_the_window_hides_reading_behind_computing(window_mib: int, share: float) -> None:
+    sizes = replace(STREAMED, window_bytes=window_mib * MIB)
+    assert overlap(shape(), sizes) == share
+    found = predict(shape(), profile(), sizes, 1)
+    compute_s = found.multiply_s + found.attend_s + found.overhead_s
+    assert found.total_s == pytest.approx(max(found.read_s, compute_s) + (1 - share) * min(found.read_s, compute_s))
+
+
+def test_products_attention_and_overhead() -> None:
+    found = predict(shape(), profile(), STREAMED, 1, 1000)
+    assert found.multiply_s == pytest.approx(960 * MIB * 1e-10)
+    assert found.attend_s == pytest.approx(2 * 16 * 32 * 64 * 1001 * 1.5e-10)
+    assert found.overhead_s == pytest.approx(16 * 24 * 2e-6 + 33 * 3e-5)
+    resident = predict(shape(), profile(), Sizes("resident", repacked={"decode": frozenset({2})}), 1, 1000)
+    assert resident.multiply_s == pytest.approx((900 / 2 + 60) * MIB * 1e-10)
+    assert resident.overhead_s == pytest.approx(16 * 24 * 2e-6)
+
+
+def test_layers_with_a_window_see_no_more_than_it() -> None:
+    windowed = shape(window=100, n_window_layers=12)
+    found = predict(windowed, profile(), STREAMED, 1, 999)
+    assert found.attend_s == pytest.approx(2 * 32 * 64 * (4 * 1000 + 12 * 100) * 1.5e-10)
+
+
+def test_a_prompt_passes_in_batches() -> None:
+    found = predict(shape(), profile(), STREAMED, 300, batch_size=128)
+    whole, rest = 900 * MIB * 4e-9, 900 * MIB * (3e-10 + (4e-9 - 3e-10) * (44 - 8) / 120)
+    products = 2 * whole + rest + 60 * MIB * 1e-10
+    assert found.multiply_s == pytest.approx(1.02 * products)  # in parts of 256, as measured
+    small, resident = (predict(shape(), profile(), sizes, 300, batch_size=128).multiply_s
+                       for sizes in (replace(STREAMED, part_tokens=128), Sizes("resident")))
+    assert (small, resident) == (pytest.approx(1.09 * products), pytest.approx(products))
+
+
+@pytest.mark.parametrize(("disk_bytes_s", "speed", "limit"), [
+    (1e8, 1.0, "disk"), (1e11, 0.1, "compute"), (1e11, 1.9, "memory bandwidth")])
+def test_what_limits_is_named(disk_bytes_s: float, speed: float, limit: str) -> None:
+    assert predict(shape(), profile(disk_bytes_s, speed), STREAMED, 1).limit == limit
+
+
+def test_what_was_learnt_changes_what_is_predicted() -> None:
+    before = predict(shape(), profile(1e8), STREAMED, 1)
+    device = profile(1e8)
+    for _ in range(40):
+        device = device.learn("disk", 2 / device.corrected("disk"))
+    after = predict(shape(), device, STREAMED, 1)
+    assert after.read_s == pytest.approx(2 * before.read_s, rel=0.01)
+    assert after.multiply_s == before.multiply_s
+    assert device.learn("disk", 1e9).corrected("disk") == 4
