@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from edgert.memory.model import repacked_bytes
-from edgert.memory.planner import Plan, budget_for, make_plan, predict_pass, smallest_budget
+from edgert.memory.planner import Plan, budget_for, make_plan, predict_pass, read_bytes, smallest_budget
 from edgert.memory.profile import DeviceProfile, Limit
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Report:
     time_to_first_token_s: float
     limit: Limit
     prefill_limit: Limit
+    read_bytes: float  # expected for every token of an answer
     spent_s: Mapping[str, float]  # of one token: reading, products, attention, overhead
     tok_s_with_another_gib: float
     smallest_budget_bytes: int
@@ -69,6 +70,7 @@ class Report:
         return cls(name or planning.file.name, planning.file.file_bytes, planning.arch.hp.architecture, budget,
                    planning.options.memory_bytes is not None, n_prompt, plan, _memory(planning, plan), half, first,
                    full, prompt.total_s, middle.limit, prompt.limit,
+                   read_bytes(demand, plan.sizes),
                    {"read": middle.read_s, "multiply": middle.multiply_s, "attend": middle.attend_s,
                     "overhead": middle.overhead_s}, 1 / predict_pass(demand, device, more, 1, context // 2).total_s,
                    smallest_budget(demand), target, device)
@@ -82,7 +84,7 @@ class Report:
             "weights": sizes.weights, "pinned_bytes": sizes.pinned_bytes, "window_bytes": sizes.window_bytes,
             "expert_slots": sizes.pool_slots, "part_tokens": sizes.part_tokens,
             "streamed_bytes_per_pass": plan.streamed_bytes,
-            "kv_bytes": plan.kv_bytes, "peak_bytes": plan.peak_bytes, "memory": dict(self.memory),
+            "expected_read_bytes_per_token": round(self.read_bytes), "kv_bytes": plan.kv_bytes, "peak_bytes": plan.peak_bytes, "memory": dict(self.memory),
             "stages": [asdict(stage) for stage in plan.stages],
             "predicted_tok_s": self.tok_s, "predicted_tok_s_empty": self.tok_s_empty,
             "predicted_tok_s_full": self.tok_s_full, "prompt_tokens": self.prompt_tokens,

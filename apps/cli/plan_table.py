@@ -22,8 +22,7 @@ _REMEDIES: dict[Limit, str] = {
 def print_report(report: Report) -> None:
     """The plan, where memory goes, and what to expect."""
     console = _console()
-    plan = report.plan
-    streams = f"{format_bytes(plan.streamed_bytes)} stream for every token" if plan.streamed_bytes else \
+    streams = f"{format_bytes(int(report.read_bytes))} are read for every token" if report.read_bytes else \
         "everything stays in memory"
     console.print(f"[bold]{_escaped(report.name)}[/bold]  {format_bytes(report.file_bytes)}, {streams}")
     whose = "the budget" if report.budget_is_given else "what is left here"
@@ -70,7 +69,7 @@ def _speed_table(report: Report) -> Table:
     table.add_column(justify="right", min_width=12)
     table.add_column()
     table.add_row("[bold]tokens per second[/bold]", f"[bold]{report.tok_s:.2f}[/bold]",
-                  f"{report.tok_s_empty:.2f} in an empty context, {report.tok_s_full:.2f} in a full one")
+                  f"{report.tok_s_empty:.2f} when the context is empty, {report.tok_s_full:.2f} full")
     table.add_row("  limited by", report.limit, f"faster with {_REMEDIES[report.limit]}")
     table.add_row("  with another GiB", f"{report.tok_s_with_another_gib:.2f}", "")
     table.add_row("[bold]first token after[/bold]", f"[bold]{_seconds(report.time_to_first_token_s)}[/bold]",

@@ -87,8 +87,8 @@ def make_plan(demand: Demand, profile: DeviceProfile, budget_bytes: int) -> Plan
     if not candidates:
         smallest = smallest_budget(demand)
         raise BudgetTooSmall("this model", smallest, budget_bytes, smallest)
-    best = min(candidates, key=lambda sizes: (_decode_s(demand, profile, sizes), -sizes.part_tokens,
-                                              _read_bytes(demand, sizes)))
+    best = min(candidates, key=lambda sizes: (_to_9_digits(_decode_s(demand, profile, sizes)), -sizes.part_tokens,
+                                              read_bytes(demand, sizes)))
     return _plan(demand, best, budget_bytes)
 
 
@@ -151,8 +151,13 @@ def _decode_s(demand: Demand, profile: DeviceProfile, sizes: Sizes) -> float:
     return predict(demand.shape, profile, sizes, 1, demand.context_length // 2, curve=demand.curve).total_s
 
 
-def _read_bytes(demand: Demand, sizes: Sizes) -> float:
-    """What a token reads: of two plans of equal speed, the one that leaves the disk alone."""
+def _to_9_digits(seconds: float) -> float:
+    """Rounding of sums must not choose between plans of equal speed."""
+    return float(f"{seconds:.8e}")
+
+
+def read_bytes(demand: Demand, sizes: Sizes) -> float:
+    """What a token is expected to read: of two plans of equal speed, the one that leaves the disk alone."""
     return streamed_bytes(demand.shape, sizes) + missed_expert_bytes(demand.shape, sizes, 1, demand.curve)
 
 

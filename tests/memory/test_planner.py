@@ -47,7 +47,7 @@ def test_the_plan_never_exceeds_the_budget_at_any_length(demand: Demand, device:
 def test_more_memory_never_predicts_slower(demand: Demand, device: DeviceProfile, more: list[int]) -> None:
     least = smallest_budget(demand)
     speeds = [tok_s(demand, device, make_plan(demand, device, least + n)) for n in sorted(more)]
-    assert all(b >= a * (1 - 1e-12) for a, b in pairwise(speeds))
+    assert all(b >= a * (1 - 1e-7) for a, b in pairwise(speeds))
 
 
 @fuzzed
@@ -56,7 +56,7 @@ def test_a_faster_disk_never_predicts_slower(demand: Demand, device: DeviceProfi
     faster = replace(device, disk=DiskSpeed(device.disk.bytes_s * times, device.disk.latency_s))
     budget = smallest_budget(demand) + more
     slow, fast = (tok_s(demand, one, make_plan(demand, one, budget)) for one in (device, faster))
-    assert fast >= slow * (1 - 1e-12)
+    assert fast >= slow * (1 - 1e-7)
 
 
 @fuzzed
