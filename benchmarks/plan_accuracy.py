@@ -37,8 +37,8 @@ _MEDIUM: tuple[tuple[float, int, int, int], ...] = (
     (0.6, 2048, 512, 0), (1.0, 1024, 512, 0), (1.5, 2048, 512, 0), (1.5, 8192, 1024, 0), (2.0, 1024, 512, 0),
     (2.0, 1024, 512, 400), (2.5, 512, 480, 0))
 _LARGE: tuple[tuple[float, int, int, int], ...] = (
-    (1.2, 1024, 256, 0), (1.5, 2048, 256, 0), (2.0, 1024, 256, 0), (2.0, 1024, 256, 600), (4.0, 1024, 256, 0),
-    (6.0, 512, 256, 0), (8.0, 512, 256, 0))
+    (1.2, 1024, 512, 0), (1.5, 2048, 512, 0), (2.0, 1024, 512, 0), (2.0, 1024, 512, 600), (4.0, 1024, 512, 0),
+    (6.0, 1024, 512, 0), (8.0, 512, 480, 0))
 _SMALL_BELOW, _MEDIUM_BELOW = 400 * _MIB, 1400 * _MIB
 # Other plans of a budget: windows beyond the least that works, in what is comfortable; and how much of what is left is
 # pinned, in slots of experts where there are any.
@@ -127,7 +127,7 @@ def _options(args: argparse.Namespace) -> Any:
     from edgert.cpu import usable_cores
     from edgert.planning import EngineOptions
 
-    return EngineOptions(args.memory, args.context, usable_cores())
+    return EngineOptions(args.memory, args.context, usable_cores(), speculate="off")
 
 
 def run(case: Case, homes: Mapping[int, Path], args: argparse.Namespace, kind: str = "run",
