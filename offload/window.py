@@ -105,7 +105,7 @@ class WindowWeights:
         self._n_pinned = self._pinning_bytes = 0
         self._let_stream(len(residency.keep))
         self._ring_pieces: deque[_InFlight] = deque()
-        self.waited_s = 0.0
+        self._waited_s = 0.0
         try:
             self._open_files(model)
             self.embedding = EmbeddingRows(self._files, model, self._context, self._buffer, arena, batch_size,
@@ -135,6 +135,11 @@ class WindowWeights:
     def bytes_per_pass(self) -> int:
         """What every pass reads now."""
         return sum(piece.slot_bytes for piece in self._cycle)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that computing has waited for bytes: blocks, rows of the embedding, and experts."""
+        return self._waited_s + (self.experts.counters.waited_s if self.experts else 0.0)
 
     def plan(self) -> dict[str, Any]:
         return {"weights": "streamed", "streamed_bytes_per_pass": self.bytes_per_pass,
@@ -238,7 +243,7 @@ class WindowWeights:
             oldest = [*islice(self._ring_pieces, n)]
         with self._trace.span(f"wait {block.kind} {block.layer}", "wait"):
             for entry in oldest:
-                self.waited_s += entry.read.wait(self._is_cancelled)
+                self._waited_s += entry.read.wait(self._is_cancelled)
         if block == self._last:  # all that this pass computes with has been read: no logits of two files mixed
             for file in self._files:
                 file.check_unchanged()
@@ -264,7 +269,7 @@ class WindowWeights:
         with self._trace.span("wait embedding", "wait"):
             start = time.perf_counter()
             rows = self.embedding.read(token_ids, self._is_cancelled)
-            self.waited_s += time.perf_counter() - start
+            self._waited_s += time.perf_counter() - start
         yield {self.embedding.key: self.embedding.table}, rows
 
     def hint(self, blocks: Sequence[Block]) -> None:

@@ -3,6 +3,7 @@ no more often than it must. Faults are in test_expert_faults.py, the policy in t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine.engines import assert_same_answer, open_engine, open_oracle, random_tokens
+from faulty_disk import FaultyDisk
 from numpy.typing import NDArray
 from streaming import logits_of, open_streaming, pool_of, small_pieces
 
@@ -131,6 +133,21 @@ def test_the_account_says_what_was_here_and_what_was_read(tiny_model: TinyModel)
         plan = engine.weights.plan()
         assert (plan["expert_slots"], plan["expert_hits"], plan["expert_misses"]) == (16, 4, 4)
         assert plan["expert_read_bytes"] == pool.bytes_read <= 4 * pool.shape.slot_bytes
+
+
+def test_waiting_for_experts_is_in_the_account_of_a_step(tiny_model: TinyModel,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what it is: waiting, not computing."""
+    path = tiny_model("qwen3moe", n_layers=2)
+    with open_streaming(path, 1.0, n_slots=2) as engine:  # a token needs four
+        disk = FaultyDisk(path).install(monkeypatch)
+        engine.step(np.array([5], np.int32))  # the row of its embedding stays
+        disk.stop_answering()
+        threading.Timer(0.04, disk.answer).start()
+        before, before_experts = engine.weights.waited_s, pool_of(engine).counters.waited_s
+        engine.step(np.array([5], np.int32))
+        waited_s = pool_of(engine).counters.waited_s - before_experts
+        assert 0.02 < waited_s <= engine.weights.waited_s - before
 
 
 def test_a_router_before_attention_has_its_experts_read_meanwhile(tiny_model: TinyModel,
