@@ -98,11 +98,12 @@ def answer(runtime: Runtime, task: str, n_tokens: int) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, task: str) -> dict[str, Any]:
-    """Both ways in turn, in a runtime each, loaded anew: they would not fit side by side."""
+    """Both ways in turn, now the one first and now the other, in a runtime each, loaded anew: they would not fit side
+    by side."""
     modes: tuple[Speculate, Speculate] = ("off", args.speculate)
     runs: dict[str, list[dict[str, Any]]] = {"off": [], args.speculate: []}
-    for _ in range(args.rounds):
-        for mode in modes:
+    for number in range(args.rounds):
+        for mode in modes if number % 2 else modes[::-1]:
             with Runtime.load(args.model, memory=args.memory, context=args.context, speculate=mode) as runtime:
                 runs[mode].append(answer(runtime, TASKS[task], args.tokens))
     off, on = runs["off"], runs[args.speculate]
