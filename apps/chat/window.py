@@ -7,6 +7,7 @@ thread to itself.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from apps.server.serving import Server
 
+_log = logging.getLogger(__name__)
 _START_DEADLINE_S = 30.0
 _STOP_DEADLINE_S = 15.0
 _SIZE, _MIN_SIZE = (1180, 800), (360, 480)
@@ -38,7 +40,11 @@ def show(make_server: Callable[[Callable[[], None]], Server], listening: socket.
     if not ready.wait(_START_DEADLINE_S):
         raise EdgertError("the server does not start", "Run `edgert serve` to see why.")
     try:
-        _open_window(url)
+        if not _open_window(url):
+            _open_browser(url)
+            thread.join()
+    except KeyboardInterrupt:  # the ordinary end of a chat that was started on a terminal
+        pass
     finally:
         server.should_exit = True
         thread.join(_STOP_DEADLINE_S)
@@ -46,12 +52,13 @@ def show(make_server: Callable[[Callable[[], None]], Server], listening: socket.
 
 
 def _in_browser(make_server: Callable[[Callable[[], None]], Server], listening: socket.socket, url: str) -> int:
-    def opened() -> None:
-        print(f"edgert's chat is on {url}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
-        threading.Thread(target=webbrowser.open, args=(f"{url}/",), daemon=True).start()
-
-    make_server(opened).run(sockets=[listening])
+    make_server(lambda: _open_browser(url)).run(sockets=[listening])
     return 0
+
+
+def _open_browser(url: str) -> None:
+    print(f"edgert's chat is on {url}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    threading.Thread(target=webbrowser.open, args=(f"{url}/",), daemon=True).start()
 
 
 def _has_window() -> bool:
@@ -60,10 +67,16 @@ def _has_window() -> bool:
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _open_window(url: str) -> None:
+def _open_window(url: str) -> bool:
+    """Show the window until it is closed; False where pywebview finds nothing to draw it with."""
     # On NVIDIA's drivers WebKit's faster way leaves the window blank.
     os.environ.setdefault("WEBKIT_DISABLE_DMABUF_RENDERER", "1")
     import webview
 
     webview.create_window("edgert", f"{url}/", width=_SIZE[0], height=_SIZE[1], min_size=_MIN_SIZE, text_select=True)
-    webview.start(private_mode=False)
+    try:
+        webview.start(private_mode=False)
+    except webview.errors.WebViewException as error:
+        _log.warning("no window: %s", error)
+        return False
+    return True

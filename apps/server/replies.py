@@ -27,6 +27,7 @@ _KINDS: dict[type[EdgertError], tuple[int, str, str | None]] = {
     errors.ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     errors.QueueFull: (429, "rate_limit_error", "queue_full"),
     errors.TemplateError: (400, "invalid_request_error", "no_chat_template"),
+    errors.BudgetTooSmall: (400, "invalid_request_error", "budget_too_small"),
     errors.OutOfMemory: (503, "server_error", "out_of_memory"),
     errors.ModelCrashed: (500, "server_error", "model_crashed"),
     EdgertError: (500, "server_error", None),

@@ -11,17 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from served import DEADLINE_S, Served
 from test_page import LONG, SHORT, new_chat, say, texts, wait_finished
 
 FAKE_WEBVIEW = '''
 """Stands in for pywebview: opens nothing, but loads the page as a window would, and is closed by its user."""
-import pathlib, urllib.request
-def create_window(title, url, **options):
-    pathlib.Path(__file__).with_name("shown").write_text(
-        title + " " + urllib.request.urlopen(url).read().decode())
-def start(**options):
+import pathlib, types, urllib.request
+class WebViewException(Exception):
     pass
+errors = types.SimpleNamespace(WebViewException=WebViewException)
+def create_window(title, url, **options):
+    page = urllib.request.urlopen(url).read().decode()
+    pathlib.Path(__file__).with_name("shown").write_text(f"{title} {page}")
+def start(**options):
+    START
 '''
 
 
@@ -89,28 +93,37 @@ def test_a_page_asks_for_the_key_and_keeps_it_in_a_cookie(new_page: Callable[...
         assert page.locator("dialog").count() == 0
 
 
-def test_edgert_chat_shows_a_window_and_ends_with_it(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
-    (tmp_path / "webview.py").write_text(FAKE_WEBVIEW)
-    search_path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; from apps.cli.main import main; sys.exit(main(sys.argv[1:]))", "chat",
-         str(tiny_model("llama")), "--threads", "1"], timeout=DEADLINE_S, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": search_path, "DISPLAY": ":0", "EDGERT_HOME": str(tmp_path / "home")})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "shown").read_text().startswith("edgert <!doctype html>")
-
-
-def test_edgert_chat_opens_the_browser_and_ends_with_ctrl_c(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+def start_chat(tmp_path: Path, model: Path, *words: str, webview: str = "pass") -> subprocess.Popen[str]:
+    """`edgert chat` where a screen is claimed, pywebview is the fake, and a browser leaves a note."""
+    (tmp_path / "webview.py").write_text(FAKE_WEBVIEW.replace("START", webview))
     browser = tmp_path / "browser"
     browser.write_text(f"#!/bin/sh\necho \"$1\" > {tmp_path / 'opened'}\n")
     browser.chmod(0o755)
-    process = subprocess.Popen(
+    search_path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    return subprocess.Popen(
         [sys.executable, "-c", "import sys; from apps.cli.main import main; sys.exit(main(sys.argv[1:]))", "chat",
-         str(tiny_model("llama")), "--browser"], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "BROWSER": str(browser), "EDGERT_HOME": str(tmp_path / "home")})
-    assert process.stderr is not None
-    said = process.stderr.readline()
-    assert re.search(r"http://127\.0\.0\.1:\d+/ \(Ctrl-C ends it\)", said)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(DEADLINE_S) == 0
-    process.stderr.close()
+         str(model), "--threads", "1", *words], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": search_path, "DISPLAY": ":0", "BROWSER": str(browser),
+             "EDGERT_HOME": str(tmp_path / "home")})
+
+
+def test_edgert_chat_shows_a_window_and_ends_with_it(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    with start_chat(tmp_path, tiny_model("llama")) as process:
+        assert process.communicate(timeout=DEADLINE_S) == (None, "")
+    assert process.returncode == 0
+    assert (tmp_path / "shown").read_text().startswith("edgert <!doctype html>")
+
+
+@pytest.mark.parametrize(("words", "webview"), [
+    (("--browser",), "pass"), ((), "raise WebViewException('neither GTK nor QT')")])
+def test_edgert_chat_opens_the_browser_and_ends_with_ctrl_c(words: tuple[str, ...], webview: str, tmp_path: Path,
+                                                            tiny_model: Callable[..., Path]) -> None:
+    with start_chat(tmp_path, tiny_model("llama"), *words, webview=webview) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        if webview != "pass":
+            assert said == "edgert: warning: no window: neither GTK nor QT\n"
+            said = process.stderr.readline()
+        assert re.search(r"http://127\.0\.0\.1:\d+/ \(Ctrl-C ends it\)", said)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 0

@@ -47,8 +47,7 @@ def wait_finished(page: Any, n_answers: int = 1) -> None:
 
 
 def texts(page: Any, role: str = "assistant") -> list[str]:
-    found: list[str] = page.locator(f".message.{role} .text").all_inner_texts()
-    return found
+    return [text.strip() for text in page.locator(f".message.{role} .text").all_inner_texts()]
 
 
 def test_a_first_conversation(new_page: Callable[..., Any], chatting: Served,

@@ -181,7 +181,7 @@ def test_tokens_are_counted_and_a_budget_can_be_set_and_refused(tmp_path: Path, 
         status, counted = server.ask("POST", "/edgert/tokens", {"texts": ["hello", ""]})
         assert status == 200 and counted["counts"][0] > 0 == counted["counts"][1]
         status, told = server.ask("POST", "/edgert/models/load", {"memory": 2**20})
-        assert status == 503 and "smallest that works" in told["error"]["message"]
+        assert status == 400 and "smallest that works" in told["error"]["message"]
         status, _ = server.ask("POST", "/edgert/models/load", {"memory": 2**30})
         assert status == 200 and server.state()["budget_bytes"] == 2**30
         assert server.ask("POST", "/v1/chat/completions", {"messages": HELLO, "max_tokens": 1})[0] == 200
