@@ -8,89 +8,29 @@ compute buffer: hidden states live per batch, so that a whole prompt can pass on
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.architectures import moe
 from edgert.architectures.base import Architecture, Weights
 from edgert.engine.batch import Batch, Phase, in_parts
-from edgert.engine.expert_graphs import Choice, ExpertMemory, PairInputs, pairs_at_once
-from edgert.engine.fused import Inputs, State, n_nodes
+from edgert.engine.block_state import BlockState
+from edgert.engine.expert_graphs import ExpertMemory
+from edgert.engine.fused import State, n_nodes
 from edgert.engine.kv_cache import DenseKVCache
+from edgert.engine.scratch import Scratch
 from edgert.errors import OutOfMemory
-from edgert.ggml.abi import TYPE_F32
 from edgert.ggml.backend import Allocator, Backend, Buffer
-from edgert.ggml.graph import Context, Graph, Tensor
+from edgert.ggml.graph import Graph, Tensor
 
-_ALIGN = 64
 # A prompt of 8k tokens passes in parts whose attention reads 32 numbers of cells: a shape each, and an attention graph
 # for every kind of layer (60 KiB each).
 MAX_GRAPHS, _MAX_SHAPES = 128, 64
-_MAX_OUTPUT_PARTS = 1024
 # How many tokens of a batch are computed at once, the default first. Beside 512, prefill takes 2 % longer in parts of
 # 256 and 9 % longer in parts of 128 (Qwen2.5-1.5B, Q4_K), in compute buffers of a half and a quarter.
 PART_TOKENS = (256, 128)
-
-
-class _Memory:
-    """Tensors that outlive a graph, in one buffer of their own or in one that several sets share in turn."""
-
-    def __init__(self, backend: Backend, context: Context, tensors: list[Tensor], shared: Buffer | None = None) -> None:
-        self._context, self._tensors = context, tensors
-        self.size_bytes = sum(_aligned(t.n_bytes) for t in tensors)
-        self._own = None if shared else backend.alloc("hidden states", self.size_bytes)
-        self.place(shared or self._own)
-
-    def place(self, buffer: Buffer | None) -> None:
-        assert buffer is not None
-        address = buffer.base
-        for tensor in self._tensors:
-            buffer.place(tensor, address)
-            address += _aligned(tensor.n_bytes)
-
-    def close(self) -> None:
-        if self._own is not None:
-            self._own.close()
-        self._context.close()
-
-
-def _aligned(n_bytes: int) -> int:
-    return -(-n_bytes // _ALIGN) * _ALIGN
-
-
-class _Scratch:
-    """What all batches of one shape share: graph inputs, the partial result and the logits. Shapes share the memory
-    too, for one batch computes at a time."""
-
-    def __init__(self, graphs: BlockwiseGraphs, batch: Batch) -> None:
-        context, hp = Context(24), graphs.arch.hp
-        n_rows = max(batch.n_outputs, 1)
-        self.inputs = Inputs.of(context, graphs.kv, batch)
-        self.partial = context.tensor(TYPE_F32, (hp.hidden_size, batch.n_tokens))
-        self.partial_outputs = context.tensor(TYPE_F32, (hp.hidden_size, n_rows))
-        self.logits = context.tensor(TYPE_F32, (hp.vocab_size, n_rows))
-        self._view_context, self._views = Context(_MAX_OUTPUT_PARTS), dict[int, Tensor]()
-        tensors = [*self.inputs.tensors(), self.partial, self.partial_outputs, self.logits]
-        size_bytes = sum(_aligned(t.n_bytes) for t in tensors)
-        self.memory = _Memory(graphs.backend, context, tensors, graphs.scratch_buffer(size_bytes))
-        self.written_for: Batch | None = None
-
-    def logits_rows(self, first: int, n_rows: int) -> Tensor:
-        """Rows `first` and on of the logits, as a strided view."""
-        view = self._views.get(first)
-        if view is None:
-            view = self._views[first] = self._view_context.tensor(TYPE_F32, (n_rows, self.logits.ne[1]))
-            view.struct.nb[1], view.struct.nb[2], view.struct.nb[3] = (self.logits.nb[d] for d in (1, 2, 3))
-        view.struct.data, view.struct.buffer = self.logits.data + 4 * first, self.logits.struct.buffer
-        return view
-
-    def close(self) -> None:
-        self._view_context.close()
-        self.memory.close()
 
 
 @dataclass(slots=True)
@@ -111,7 +51,7 @@ class BlockwiseGraphs:
         self.backend, self.arch, self.kv = backend, arch, kv
         self._allocators = self._new_allocators()
         self._graphs: OrderedDict[tuple[object, ...], _BlockGraph] = OrderedDict()
-        self._scratch: dict[tuple[int, int, int], _Scratch] = {}
+        self._scratch: dict[tuple[int, int, int], Scratch] = {}
         self._buffer: Buffer | None = None
         self.experts = ExpertMemory(backend)
         self._work_bytes = 0
@@ -154,13 +94,13 @@ class BlockwiseGraphs:
             self._forget_all()
         return self.compute_bytes
 
-    def scratch(self, batch: Batch) -> _Scratch:
+    def scratch(self, batch: Batch) -> Scratch:
         shape = (batch.n_tokens, self.kv.bucket(batch), batch.n_outputs)
         found = self._scratch.get(shape)
         if found is None:
             while len(self._scratch) >= _MAX_SHAPES:
                 self._scratch.pop(next(iter(self._scratch))).close()
-            found = self._scratch[shape] = _Scratch(self, batch)
+            found = self._scratch[shape] = Scratch(self, batch)
         if found.written_for is not batch and not self.only_measures:
             for other in self._scratch.values():
                 other.written_for = None
@@ -244,186 +184,3 @@ class BlockwiseGraphs:
             self._buffer = None
         self.experts.close()
         self._work_bytes = 0
-
-
-class BlockState:
-    """One batch between two blocks: its hidden state and what a layer carries, in memory of its own."""
-
-    def __init__(self, graphs: BlockwiseGraphs, batch: Batch) -> None:
-        self.batch = batch
-        self._graphs, self._arch = graphs, graphs.arch
-        context, n_rows = Context(4), max(batch.n_outputs, 1)
-        hidden, carried = self._arch.hp.hidden_size, self._arch.hp.carried_size
-        self._all = context.tensor(TYPE_F32, (hidden, batch.n_tokens))
-        self._outputs = context.tensor(TYPE_F32, (hidden, n_rows))
-        self._carried = [context.tensor(TYPE_F32, (carried, n)) for n in (batch.n_tokens, n_rows)] if carried else []
-        self._memory = _Memory(graphs.backend, context, [self._all, self._outputs, *self._carried])
-        self._x = self._all
-        self._n_logits_rows = 0
-        self._choice: Choice | None = None
-        self._carried_layer = -1
-
-    @property
-    def hidden(self) -> Tensor:
-        return self._x
-
-    def embed(self, w: Weights, rows: NDArray[np.int32]) -> None:
-        scratch = self._scratch
-        if not self._graphs.only_measures:
-            scratch.inputs.write_token_ids(rows)
-        self._compute(self._arch.embed, ("embed",), w, [scratch.inputs.token_ids], self._x)
-
-    def attention(self, layer: int, w: Weights) -> Tensor:
-        inputs, kv, partial = self._scratch.inputs, self._graphs.kv, self._scratch.partial
-        sources = [self._x, *inputs.attention_sources(), kv.k[layer], kv.v[layer]]
-        if self._carried and self._carried_layer != layer:
-            self._carry(layer, w)
-
-        def function(g: Graph, weights: Weights, x: Tensor, *stand_ins: Tensor) -> Tensor:
-            return self._arch.attention(g, layer, weights, x, inputs.standing_for(stand_ins))
-
-        kind = ("attention", self._arch.layer_kind(layer), kv.bucket(self.batch))
-        self._compute(function, kind, w, sources, partial)
-        return partial
-
-    def _carry(self, layer: int, w: Weights) -> None:
-        def function(g: Graph, weights: Weights, x: Tensor) -> Tensor:
-            carried = self._arch.carry(g, layer, weights, x)
-            assert carried is not None  # hp.carried_size says so
-            return carried
-
-        self._compute(function, ("carry", self._arch.layer_kind(layer)), w, [self._x], self._carried[0])
-        self._carried_layer = layer
-
-    def add_attention(self, layer: int, w: Weights, summed: Tensor) -> None:
-        def function(g: Graph, weights: Weights, x: Tensor, summed: Tensor) -> Tensor:
-            return self._arch.add_attention(g, layer, weights, x, summed)
-
-        self._compute(function, ("add_attention", self._arch.layer_kind(layer)), w, [self._x, summed], self._x)
-
-    def ffn(self, layer: int, w: Weights) -> Tensor:
-        def function(g: Graph, weights: Weights, x: Tensor, carried: Tensor | None = None) -> Tensor:
-            return self._arch.ffn(g, layer, weights, x, carried)
-
-        partial = self._partial
-        self._compute(function, ("ffn", self._arch.layer_kind(layer)), w, [self._x, *self._carried[:1]], partial)
-        return partial
-
-    def add_ffn(self, layer: int, w: Weights, summed: Tensor) -> None:
-        def function(g: Graph, weights: Weights, x: Tensor, summed: Tensor) -> Tensor:
-            return self._arch.add_ffn(g, layer, weights, x, summed)
-
-        self._compute(function, ("add_ffn", self._arch.layer_kind(layer)), w, [self._x, summed], self._x)
-
-    def foresee(self, layer: int, w: Weights) -> Mapping[int, int]:
-        choice = self._choice_in(range(self.batch.start, self.batch.end))
-
-        def function(g: Graph, weights: Weights, x: Tensor) -> list[Tensor]:
-            carried = self._arch.carry(g, layer, weights, x)
-            assert carried is not None  # hp.carried_size says so
-            return [carried, self._arch.foresee(g, layer, carried)]
-
-        self._compute_all(function, ("foresee", self._arch.layer_kind(layer)), w, [self._x],
-                          [self._carried[0], choice.ids])
-        self._carried_layer = layer
-        return self._last_use(choice)
-
-    def route(self, layer: int, w: Weights, span: range) -> Mapping[int, int]:
-        choice = self._choice_in(span)
-
-        def function(g: Graph, weights: Weights, x: Tensor, carried: Tensor | None = None) -> list[Tensor]:
-            routing = cast(moe.ExpertArchitecture, self._arch).router(g, layer, weights, x, carried)
-            return [routing.x, routing.weights, routing.ids]
-
-        self._compute_all(function, ("route", self._arch.layer_kind(layer)), w, [self._x, *self._carried[:1]],
-                          [choice.x, choice.weights, choice.ids])
-        return self._last_use(choice)
-
-    def _choice_in(self, span: range) -> Choice:
-        """The batch's choice, placed in memory for the tokens at the positions of `span`."""
-        hp, n_tokens, choice = self._arch.hp, self._x.ne[1], self._choice
-        if choice is None or choice.n_tokens != n_tokens:
-            if choice is not None:
-                choice.close()
-            choice = self._choice = Choice(hp, n_tokens)
-        buffer = self._graphs.experts.outputs(Choice.size_bytes(hp, len(span)))
-        choice.place(buffer, buffer.base + Choice.size_bytes(hp, self.batch.start - span.start))
-        return choice
-
-    def _last_use(self, choice: Choice) -> Mapping[int, int]:
-        return {0: self.batch.start} if self._graphs.only_measures else choice.last_use(self.batch.end)
-
-    def compute_experts(self, layer: int, w: Weights, slots: Mapping[int, int]) -> None:
-        choice, graphs = self._choice, self._graphs
-        assert choice is not None  # `route` came first
-
-        def function(g: Graph, weights: Weights, x: Tensor, token_rows: Tensor, ids: Tensor, output_rows: Tensor,
-                     pairs: Tensor) -> list[Tensor]:
-            rows, arch = g.get_rows(x, token_rows), cast(moe.ExpertArchitecture, self._arch)
-            outputs = arch.experts(g, layer, weights, rows, ids)
-            g.expand(g.set_rows(pairs, g.reshape(outputs, x.ne[0], token_rows.ne[0]), output_rows))
-            return []
-
-        def compute(inputs: PairInputs) -> None:
-            sources = [choice.x, inputs.token_rows, inputs.slots, inputs.output_rows, choice.pairs]
-            self._compute_all(function, ("experts", inputs.n_pairs), w, sources, [])
-
-        most_pairs = pairs_at_once(w["ffn_up_exps.weight"].ne[2], choice.n_tokens)
-        if graphs.only_measures:
-            compute(graphs.experts.inputs(min(most_pairs, choice.n_pairs)))
-            return
-        for pairs, slot_ids in choice.portions(slots, most_pairs):
-            inputs = graphs.experts.inputs(len(pairs))
-            inputs.write(pairs, slot_ids, self._arch.hp.n_experts_used)
-            compute(inputs)
-
-    def weigh(self, layer: int) -> Tensor:
-        choice, partial = self._choice, self._partial
-        assert choice is not None  # `route` came first
-        self._compute(lambda g, _, outputs, weights: moe.weigh(g, outputs, weights), ("weigh",), {},
-                      [choice.outputs, choice.weights], partial)
-        return partial
-
-    def keep_outputs(self) -> None:
-        rows = self._scratch.inputs.output_rows
-        if rows is None:
-            return
-        pairs = [(self._x, self._outputs), *zip(self._carried[:1], self._carried[1:], strict=True)]
-        for everything, kept in pairs:
-            self._compute(lambda g, _, x, ids: g.get_rows(x, ids), ("keep_outputs", rows.ne[0]), {},
-                          [everything, rows], kept)
-        self._x, self._carried = self._outputs, self._carried[1:]
-
-    def output(self, w: Weights, part: int) -> None:
-        n_rows = max(t.ne[1] for t in w.values())  # the head's, or of the part of it that is here
-        into = self._scratch.logits_rows(self._n_logits_rows, n_rows)
-        self._n_logits_rows += n_rows
-        self._compute(self._arch.output, ("output",), w, [self._x], into)
-
-    def read_logits(self) -> NDArray[np.float32] | None:
-        if self.batch.n_outputs == 0:
-            return None
-        return Backend.array(self._scratch.logits).reshape(self.batch.n_outputs, self._arch.hp.vocab_size)
-
-    @property
-    def _scratch(self) -> _Scratch:
-        return self._graphs.scratch(self.batch)
-
-    @property
-    def _partial(self) -> Tensor:
-        """Where this rank's part of the FFN's output goes."""
-        return self._scratch.partial if self._x is self._all else self._scratch.partial_outputs
-
-    def _compute(self, function: Callable[..., Tensor], kind: tuple[object, ...], w: Weights, sources: list[Tensor],
-                 into: Tensor) -> None:
-        self._compute_all(lambda *given: [function(*given)], kind, w, sources, [into])
-
-    def _compute_all(self, function: Callable[..., Sequence[Tensor]], kind: tuple[object, ...], w: Weights,
-                     sources: Sequence[Tensor], into: Sequence[Tensor]) -> None:
-        shape = (sources[0].ne[0], sources[0].ne[1], into[0].ne[1] if into else 0)
-        self._graphs.compute(function, (*kind, *shape), w, sources, into, self.batch.phase)
-
-    def close(self) -> None:
-        if self._choice is not None:
-            self._choice.close()
-        self._memory.close()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from streaming import logits_of, open_streaming, pool_of, window_of
 
 from edgert.architectures.base import Weights
-from edgert.engine.blockwise import BlockState
+from edgert.engine.block_state import BlockState
 from edgert.engine.engine import Engine
 from edgert.errors import ComputeError, ModelFileError
 from edgert.ggml.backend import Backend, Cancelled

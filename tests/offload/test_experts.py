@@ -19,7 +19,7 @@ from streaming import logits_of, open_streaming, pool_of, small_pieces
 from edgert import Runtime
 from edgert.architectures.base import Weights
 from edgert.architectures.registry import open_architecture
-from edgert.engine.blockwise import BlockState
+from edgert.engine.block_state import BlockState
 from edgert.errors import BudgetTooSmall
 from edgert.ggml.graph import Tensor
 from edgert.gguf.model_file import ModelFile

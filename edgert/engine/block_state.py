@@ -1,0 +1,207 @@
+"""One batch on its way through block graphs: the state that the engine's loop moves from block to block.
+
+Knows which graph each block asks for and where its result goes. Building and keeping graphs is blockwise.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.architectures import moe
+from edgert.architectures.base import Weights
+from edgert.engine.batch import Batch
+from edgert.engine.expert_graphs import Choice, PairInputs, pairs_at_once
+from edgert.engine.scratch import Memory, Scratch
+from edgert.ggml.abi import TYPE_F32
+from edgert.ggml.backend import Backend
+from edgert.ggml.graph import Context, Graph, Tensor
+
+if TYPE_CHECKING:
+    from edgert.engine.blockwise import BlockwiseGraphs
+
+
+class BlockState:
+    """One batch between two blocks: its hidden state and what a layer carries, in memory of its own."""
+
+    def __init__(self, graphs: BlockwiseGraphs, batch: Batch) -> None:
+        self.batch = batch
+        self._graphs, self._arch = graphs, graphs.arch
+        context, n_rows = Context(4), max(batch.n_outputs, 1)
+        hidden, carried = self._arch.hp.hidden_size, self._arch.hp.carried_size
+        self._all = context.tensor(TYPE_F32, (hidden, batch.n_tokens))
+        self._outputs = context.tensor(TYPE_F32, (hidden, n_rows))
+        self._carried = [context.tensor(TYPE_F32, (carried, n)) for n in (batch.n_tokens, n_rows)] if carried else []
+        self._memory = Memory(graphs.backend, context, [self._all, self._outputs, *self._carried])
+        self._x = self._all
+        self._n_logits_rows = 0
+        self._choice: Choice | None = None
+        self._carried_layer = -1
+
+    @property
+    def hidden(self) -> Tensor:
+        return self._x
+
+    def embed(self, w: Weights, rows: NDArray[np.int32]) -> None:
+        scratch = self._scratch
+        if not self._graphs.only_measures:
+            scratch.inputs.write_token_ids(rows)
+        self._compute(self._arch.embed, ("embed",), w, [scratch.inputs.token_ids], self._x)
+
+    def attention(self, layer: int, w: Weights) -> Tensor:
+        inputs, kv, partial = self._scratch.inputs, self._graphs.kv, self._scratch.partial
+        sources = [self._x, *inputs.attention_sources(), kv.k[layer], kv.v[layer]]
+        if self._carried and self._carried_layer != layer:
+            self._carry(layer, w)
+
+        def function(g: Graph, weights: Weights, x: Tensor, *stand_ins: Tensor) -> Tensor:
+            return self._arch.attention(g, layer, weights, x, inputs.standing_for(stand_ins))
+
+        kind = ("attention", self._arch.layer_kind(layer), kv.bucket(self.batch))
+        self._compute(function, kind, w, sources, partial)
+        return partial
+
+    def _carry(self, layer: int, w: Weights) -> None:
+        def function(g: Graph, weights: Weights, x: Tensor) -> Tensor:
+            carried = self._arch.carry(g, layer, weights, x)
+            assert carried is not None  # hp.carried_size says so
+            return carried
+
+        self._compute(function, ("carry", self._arch.layer_kind(layer)), w, [self._x], self._carried[0])
+        self._carried_layer = layer
+
+    def add_attention(self, layer: int, w: Weights, summed: Tensor) -> None:
+        def function(g: Graph, weights: Weights, x: Tensor, summed: Tensor) -> Tensor:
+            return self._arch.add_attention(g, layer, weights, x, summed)
+
+        self._compute(function, ("add_attention", self._arch.layer_kind(layer)), w, [self._x, summed], self._x)
+
+    def ffn(self, layer: int, w: Weights) -> Tensor:
+        def function(g: Graph, weights: Weights, x: Tensor, carried: Tensor | None = None) -> Tensor:
+            return self._arch.ffn(g, layer, weights, x, carried)
+
+        partial = self._partial
+        self._compute(function, ("ffn", self._arch.layer_kind(layer)), w, [self._x, *self._carried[:1]], partial)
+        return partial
+
+    def add_ffn(self, layer: int, w: Weights, summed: Tensor) -> None:
+        def function(g: Graph, weights: Weights, x: Tensor, summed: Tensor) -> Tensor:
+            return self._arch.add_ffn(g, layer, weights, x, summed)
+
+        self._compute(function, ("add_ffn", self._arch.layer_kind(layer)), w, [self._x, summed], self._x)
+
+    def foresee(self, layer: int, w: Weights) -> Mapping[int, int]:
+        choice = self._choice_in(range(self.batch.start, self.batch.end))
+
+        def function(g: Graph, weights: Weights, x: Tensor) -> list[Tensor]:
+            carried = self._arch.carry(g, layer, weights, x)
+            assert carried is not None  # hp.carried_size says so
+            return [carried, self._arch.foresee(g, layer, carried)]
+
+        self._compute_all(function, ("foresee", self._arch.layer_kind(layer)), w, [self._x],
+                          [self._carried[0], choice.ids])
+        self._carried_layer = layer
+        return self._last_use(choice)
+
+    def route(self, layer: int, w: Weights, span: range) -> Mapping[int, int]:
+        choice = self._choice_in(span)
+
+        def function(g: Graph, weights: Weights, x: Tensor, carried: Tensor | None = None) -> list[Tensor]:
+            routing = cast(moe.ExpertArchitecture, self._arch).router(g, layer, weights, x, carried)
+            return [routing.x, routing.weights, routing.ids]
+
+        self._compute_all(function, ("route", self._arch.layer_kind(layer)), w, [self._x, *self._carried[:1]],
+                          [choice.x, choice.weights, choice.ids])
+        return self._last_use(choice)
+
+    def _choice_in(self, span: range) -> Choice:
+        """The batch's choice, placed in memory for the tokens at the positions of `span`."""
+        hp, n_tokens, choice = self._arch.hp, self._x.ne[1], self._choice
+        if choice is None or choice.n_tokens != n_tokens:
+            if choice is not None:
+                choice.close()
+            choice = self._choice = Choice(hp, n_tokens)
+        buffer = self._graphs.experts.outputs(Choice.size_bytes(hp, len(span)))
+        choice.place(buffer, buffer.base + Choice.size_bytes(hp, self.batch.start - span.start))
+        return choice
+
+    def _last_use(self, choice: Choice) -> Mapping[int, int]:
+        return {0: self.batch.start} if self._graphs.only_measures else choice.last_use(self.batch.end)
+
+    def compute_experts(self, layer: int, w: Weights, slots: Mapping[int, int]) -> None:
+        choice, graphs = self._choice, self._graphs
+        assert choice is not None  # `route` came first
+
+        def function(g: Graph, weights: Weights, x: Tensor, token_rows: Tensor, ids: Tensor, output_rows: Tensor,
+                     pairs: Tensor) -> list[Tensor]:
+            rows, arch = g.get_rows(x, token_rows), cast(moe.ExpertArchitecture, self._arch)
+            outputs = arch.experts(g, layer, weights, rows, ids)
+            g.expand(g.set_rows(pairs, g.reshape(outputs, x.ne[0], token_rows.ne[0]), output_rows))
+            return []
+
+        def compute(inputs: PairInputs) -> None:
+            sources = [choice.x, inputs.token_rows, inputs.slots, inputs.output_rows, choice.pairs]
+            self._compute_all(function, ("experts", inputs.n_pairs), w, sources, [])
+
+        most_pairs = pairs_at_once(w["ffn_up_exps.weight"].ne[2], choice.n_tokens)
+        if graphs.only_measures:
+            compute(graphs.experts.inputs(min(most_pairs, choice.n_pairs)))
+            return
+        for pairs, slot_ids in choice.portions(slots, most_pairs):
+            inputs = graphs.experts.inputs(len(pairs))
+            inputs.write(pairs, slot_ids, self._arch.hp.n_experts_used)
+            compute(inputs)
+
+    def weigh(self, layer: int) -> Tensor:
+        choice, partial = self._choice, self._partial
+        assert choice is not None  # `route` came first
+        self._compute(lambda g, _, outputs, weights: moe.weigh(g, outputs, weights), ("weigh",), {},
+                      [choice.outputs, choice.weights], partial)
+        return partial
+
+    def keep_outputs(self) -> None:
+        rows = self._scratch.inputs.output_rows
+        if rows is None:
+            return
+        pairs = [(self._x, self._outputs), *zip(self._carried[:1], self._carried[1:], strict=True)]
+        for everything, kept in pairs:
+            self._compute(lambda g, _, x, ids: g.get_rows(x, ids), ("keep_outputs", rows.ne[0]), {},
+                          [everything, rows], kept)
+        self._x, self._carried = self._outputs, self._carried[1:]
+
+    def output(self, w: Weights, part: int) -> None:
+        n_rows = max(t.ne[1] for t in w.values())  # the head's, or of the part of it that is here
+        into = self._scratch.logits_rows(self._n_logits_rows, n_rows)
+        self._n_logits_rows += n_rows
+        self._compute(self._arch.output, ("output",), w, [self._x], into)
+
+    def read_logits(self) -> NDArray[np.float32] | None:
+        if self.batch.n_outputs == 0:
+            return None
+        return Backend.array(self._scratch.logits).reshape(self.batch.n_outputs, self._arch.hp.vocab_size)
+
+    @property
+    def _scratch(self) -> Scratch:
+        return self._graphs.scratch(self.batch)
+
+    @property
+    def _partial(self) -> Tensor:
+        """Where this rank's part of the FFN's output goes."""
+        return self._scratch.partial if self._x is self._all else self._scratch.partial_outputs
+
+    def _compute(self, function: Callable[..., Tensor], kind: tuple[object, ...], w: Weights, sources: list[Tensor],
+                 into: Tensor) -> None:
+        self._compute_all(lambda *given: [function(*given)], kind, w, sources, [into])
+
+    def _compute_all(self, function: Callable[..., Sequence[Tensor]], kind: tuple[object, ...], w: Weights,
+                     sources: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        shape = (sources[0].ne[0], sources[0].ne[1], into[0].ne[1] if into else 0)
+        self._graphs.compute(function, (*kind, *shape), w, sources, into, self.batch.phase)
+
+    def close(self) -> None:
+        if self._choice is not None:
+            self._choice.close()
+        self._memory.close()
