@@ -1,4 +1,4 @@
-"""How many threads compute fastest here: one for each physical core that this process may use."""
+"""What the processor is, and how many threads compute fastest: one for each physical core that this process may use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from pathlib import Path
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def cpu_model(cpuinfo: Path = _CPUINFO) -> str:
+    """The processor's name, empty where the system does not say."""
+    try:
+        with cpuinfo.open() as lines:
+            names = (line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "CPU part")))
+            return next(names, "")
+    except OSError:
+        return ""
 
 
 def usable_cores(topology: Path = _TOPOLOGY, cpu_max: Path = _CPU_MAX) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from edgert.architectures.base import MAX_CONTEXT, Architecture
 from edgert.architectures.registry import open_architecture
 from edgert.engine.blockwise import BlockwiseGraphs
-from edgert.engine.calibration import calibrate, device_key
+from edgert.engine.calibration import calibrate
 from edgert.engine.expert_graphs import Choice
 from edgert.engine.kv_cache import DenseKVCache, KVType, kv_bytes_per_token
 from edgert.engine.layouts import LayoutChoice, Layouts, choose_layouts
@@ -91,7 +91,7 @@ class Planning:
             opened.callback(self.graphs.close)
             self.layouts = _layouts(file, self.backend, options, paths)
             self._store = ProfileStore(paths.cache / "device.json")
-            self.keys = device_key(self.backend), disk_key(file.path)
+            self.keys = self.backend.speed_key, disk_key(file.path)
             known, _ = self._store.load(*self.keys)
             self.profile = known or DeviceProfile(n_threads=options.n_threads)
             self.is_calibrated = known is not None

@@ -6,19 +6,17 @@ Speeds are measured at each start and vary by some percent; a plan that is nearl
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from edgert.cache_file import read_cache, write_cache
 from edgert.paths import Paths
 from tensorpar.shares import Cut, Range, Shard, covers
 
 # A kept plan may be this much slower than a new one would be: sending weights anew takes longer than it gains.
 WORTH_KEEPING = 0.85
 _MAX_PLANS = 64
-_MAX_FILE_BYTES = 2**20
 
 
 class Plans:
@@ -34,31 +32,17 @@ class Plans:
     def get(self, key: str, cut: Cut, n_ranks: int) -> tuple[Shard, ...] | None:
         """The shards of an earlier start, leader first, if they still divide this model."""
         try:
-            shards = tuple(_shard(one, rank == 0) for rank, one in enumerate(self._load()[key]))
+            shards = tuple(_shard(one, rank == 0) for rank, one in enumerate(read_cache(self._path)[key]))
         except (KeyError, TypeError, ValueError):
             return None
         return shards if len(shards) == n_ranks and covers(cut, shards) else None
 
     def put(self, key: str, shards: Sequence[Shard]) -> None:
-        plans = self._load()
+        plans = read_cache(self._path)
         plans.pop(key, None)
         plans[key] = [asdict(one) for one in shards]
         kept = dict(list(plans.items())[-_MAX_PLANS:])
-        temporary = self._path.with_suffix(f".{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(kept))
-            temporary.replace(self._path)
-        except OSError:  # a read-only home costs weights that travel again, no more
-            temporary.unlink(missing_ok=True)
-
-    def _load(self) -> dict[str, Any]:
-        try:
-            with self._path.open("rb") as file:
-                plans = json.loads(file.read(_MAX_FILE_BYTES))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return plans if isinstance(plans, dict) else {}
+        write_cache(self._path, kept)  # lost, it costs weights that travel again, no more
 
 
 def _shard(raw: dict[str, Any], leads: bool) -> Shard:

@@ -1,20 +1,18 @@
 """Measures this device's kernels for the memory manager: products by type, layout and batch size, attention, and what
 a small operation costs. Times are the best of several runs: a busy moment is no property of the device.
 
-Kernels depend on ggml's build and the processor; results are kept under `device_key`.
+Kernels depend on ggml's build and the processor; results are kept under `Backend.speed_key`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import platform
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -39,21 +37,6 @@ _LAYERS_BY_BATCH = {1: 8, 128: 1}
 _N_SMALL_OPS, _SMALL_WIDTH = 200, 1024
 _COPY_BYTES = 64 * 2**20
 Owned = TypeVar("Owned", Context, Graph, Allocator, Buffer)
-
-
-def device_key(backend: Backend) -> str:
-    """What the kernels' speed depends on: processor, ggml's build, threads."""
-    return f"{platform.machine()}/{cpu_model()}/{ggml().version}/{backend.n_threads}"
-
-
-def cpu_model() -> str:
-    """The processor's name, empty where the system does not say."""
-    try:
-        with Path("/proc/cpuinfo").open() as lines:
-            names = (line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "CPU part")))
-            return next(names, "")
-    except OSError:
-        return ""
 
 
 def calibrate(backend: Backend, known: DeviceProfile | None, types: Iterable[int], head_dim: int,

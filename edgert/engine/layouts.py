@@ -7,11 +7,7 @@ repacked copy for the other. What to do is measured on this machine once and kep
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
+from edgert.cache_file import read_cache, write_cache
 from edgert.engine.batch import Phase
 from edgert.errors import UsageError
 from edgert.ggml.abi import TYPE_F32
@@ -93,13 +90,13 @@ def choose_layouts(choice: LayoutChoice, backend: Backend, types: frozenset[int]
     if choice != "auto":
         chosen = types if choice == "repack" else frozenset[int]()
         return Layouts({"prefill": chosen, "decode": chosen})
-    key = f"{platform.machine()}/{_cpu_model()}/{ggml().version}/{backend.n_threads}"
-    known = _load(cache_file)
+    key = backend.speed_key
+    known = {device: gains for device, gains in read_cache(cache_file).items() if _is_sound(gains)}
     gains = known.get(key, {})
     missing = [t for t in sorted(types) if str(t) not in gains]
     if missing:
         gains = {**gains, **{str(t): _measure(backend, t) for t in missing}}
-        _save(cache_file, {**known, key: gains})
+        write_cache(cache_file, {**known, key: gains})
     phases: tuple[Phase, ...] = ("prefill", "decode")
     return Layouts({phase: frozenset(t for t in types if gains[str(t)].get(phase, 0.0) >= _MIN_GAIN)
                     for phase in phases})
@@ -153,36 +150,7 @@ def _time(backend: Backend, graph: Graph) -> float:
     return time.perf_counter() - start
 
 
-def _cpu_model() -> str:
-    try:
-        with Path("/proc/cpuinfo").open() as lines:
-            names = (line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "CPU part")))
-            return next(names, "")
-    except OSError:
-        return ""
-
-
-def _load(cache_file: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """What was measured before; a missing file, or what is damaged in it, counts as nothing."""
-    try:
-        known = json.loads(cache_file.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return {key: gains for key, gains in known.items() if _is_sound(gains)} if isinstance(known, dict) else {}
-
-
 def _is_sound(gains: object) -> bool:
     return isinstance(gains, dict) and all(
         isinstance(by_phase, dict) and all(isinstance(gain, (int, float)) for gain in by_phase.values())
         for by_phase in gains.values())
-
-
-def _save(cache_file: Path, known: Mapping[str, object]) -> None:
-    temporary = cache_file.with_suffix(f".{os.getpid()}")
-    try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(known))
-        temporary.replace(cache_file)
-    except OSError:  # a read-only home costs a measurement at every start, no more
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # what a full disk has taken of it

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import platform
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.cpu import cpu_model
 from edgert.errors import ComputeError, OutOfMemory
 from edgert.ggml.abi import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
 from edgert.ggml.functions import ggml
@@ -102,6 +104,11 @@ class Backend:
         self.buffer_type: int = self._base.ggml_backend_get_default_buffer_type(self.handle)
         self.cancel = CancelSwitch()
         libraries.cpu.ggml_backend_cpu_set_abort_callback(self.handle, self.cancel.function, self.cancel.data)
+
+    @property
+    def speed_key(self) -> str:
+        """What the kernels' speed depends on: processor, ggml's build, threads."""
+        return f"{platform.machine()}/{cpu_model()}/{ggml().version}/{self.n_threads}"
 
     def compute(self, graph: Graph) -> None:
         """Run the graph. Raises Cancelled when `cancel` was set, ComputeError when ggml failed."""

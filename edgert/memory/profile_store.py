@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from edgert.cache_file import read_cache, write_cache
 from edgert.memory.profile import DeviceProfile, DiskSpeed
 
-_MAX_FILE_BYTES = 2**20
 _MAX_ENTRIES = 256  # of any table; a device has some 40 types and a few disks
 
 
@@ -25,7 +22,7 @@ class ProfileStore:
 
     def load(self, device: str, disk: str) -> tuple[DeviceProfile | None, DiskSpeed | None]:
         """What is known of the device and of the disk, each None where nothing is."""
-        known = self._read()
+        known = read_cache(self._path)
         profile, speed = _profile(_table(known, "devices").get(device)), _disk(_table(known, "disks").get(disk))
         corrections = _numbers(_table(known, "corrections").get(f"{device} {disk}"))
         if profile is not None:
@@ -34,7 +31,7 @@ class ProfileStore:
 
     def save(self, device: str, disk: str, profile: DeviceProfile) -> None:
         """Remember the profile with its disk; a read-only home costs a calibration next time, no more."""
-        known = self._read()
+        known = read_cache(self._path)
         devices, disks, corrections = (_table(known, name) for name in ("devices", "disks", "corrections"))
         devices[device] = {
             "multiply_s": {key: dict(sizes) for key, sizes in profile.multiply_s.items()},
@@ -44,25 +41,7 @@ class ProfileStore:
         disks[disk] = {"bytes_s": profile.disk.bytes_s, "latency_s": profile.disk.latency_s}
         corrections[f"{device} {disk}"] = dict(profile.corrections)
         newest = {"devices": devices, "disks": disks, "corrections": corrections}
-        self._write({name: dict([*table.items()][-_MAX_ENTRIES:]) for name, table in newest.items()})
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            with self._path.open("rb") as file:
-                known = json.loads(file.read(_MAX_FILE_BYTES))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return known if isinstance(known, dict) else {}
-
-    def _write(self, known: Mapping[str, Any]) -> None:
-        temporary = self._path.with_suffix(f".{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(known))
-            temporary.replace(self._path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)  # what a full disk has taken of it
+        write_cache(self._path, {name: dict([*table.items()][-_MAX_ENTRIES:]) for name, table in newest.items()})
 
 
 def _table(known: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgert.engine import calibration
-from edgert.engine.calibration import calibrate, device_key
+from edgert.engine.calibration import calibrate
 from edgert.ggml.backend import Backend
 from edgert.memory.profile import DeviceProfile, DiskSpeed
 from offload.disk_speed import disk_key, measure_disk
@@ -59,8 +59,8 @@ def test_nothing_begins_after_the_deadline(backend: Backend) -> None:
 
 def test_the_device_is_told_from_others(backend: Backend) -> None:
     other = Backend(2)
-    assert device_key(backend) != device_key(other)
-    assert device_key(backend) == device_key(Backend(1))
+    assert backend.speed_key != other.speed_key
+    assert backend.speed_key == Backend(1).speed_key
     other.close()
 
 
