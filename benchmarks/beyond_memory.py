@@ -27,7 +27,7 @@ from typing import Any
 from control_group import drop_page_cache, is_possible, run_limited
 
 _TIMEOUT_S = 900.0
-_RAW_BYTES = 1 << 30
+_RAW_S = 0.35  # of each number of threads; about 1 GB
 _UNLIMITED = 1 << 40
 Row = dict[str, Any]
 
@@ -99,28 +99,9 @@ def limited(args: argparse.Namespace, name: str, budget: int, prompt: int, token
 
 def raw_bandwidth(path: Path) -> float:
     """Bytes/s of direct reads into huge pages, the best of several thread counts."""
-    from offload.arena import Arena
-    from offload.direct_file import DirectFile
-    from offload.readers import Read, Readers
+    from offload.disk_speed import measure_bandwidth
 
-    file, slot = DirectFile(path), 32 * 2**20
-    arena, best = Arena(8 * slot), 0.0
-    n_bytes = min(_RAW_BYTES, file.size_bytes // slot * slot)
-    for n_threads in (1, 2, 4, 8):
-        readers, reads = Readers(n_threads), list[Read]()
-        start = time.perf_counter()
-        for number, offset in enumerate(range(0, n_bytes, slot)):
-            if number >= 8:
-                reads[number - 8].wait(lambda: False)
-            reads.append(Read(file, offset, slot, arena.base + number % 8 * slot))
-            readers.submit(reads[-1])
-        for read in reads:
-            read.wait(lambda: False)
-        best = max(best, n_bytes / (time.perf_counter() - start))
-        readers.close()
-    file.close()
-    arena.close()
-    return best
+    return max(measure_bandwidth(path, n_threads, _RAW_S) for n_threads in (1, 2, 4, 8))
 
 
 def rounds(args: argparse.Namespace, names: tuple[str, ...], budget: int, prompt: int,

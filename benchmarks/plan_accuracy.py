@@ -24,8 +24,6 @@ from typing import Any
 
 from control_group import drop_page_cache, is_possible, run_limited, slow_disk
 
-from apps.cli.main import LIBRARY_SETTINGS
-
 _TIMEOUT_S = 1200.0
 _REFUSED = 5  # edgert's exit status for a budget that is too small
 _MIB = 2**20
@@ -141,7 +139,7 @@ def run(case: Case, homes: Mapping[int, Path], args: argparse.Namespace, kind: s
     drop_page_cache()
     with slow_disk(case.model, case.disk_mb_s * 10**6) if case.disk_mb_s else nullcontext() as disk:
         outcome = run_limited(command, limit, _TIMEOUT_S, disk=disk,
-                              environment={**LIBRARY_SETTINGS, "EDGERT_HOME": str(homes[case.disk_mb_s])})
+                              environment={"EDGERT_HOME": str(homes[case.disk_mb_s])})
     if outcome.returncode == _REFUSED:
         return None
     if outcome.returncode:

@@ -6,6 +6,8 @@ import os
 import random
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgert.memory.profile import DiskSpeed
@@ -26,11 +28,22 @@ def disk_key(path: Path) -> str:
 
 def measure_disk(path: Path, seconds: float) -> DiskSpeed:
     """Read the file round and round for about `seconds`. Memory held: 64 MiB. Raises what reading raises."""
-    file, readers = DirectFile(path), Readers(_N_THREADS)
-    arena = Arena(_N_SLOTS * _PIECE_BYTES)
-    try:
+    with _opened(path, _N_THREADS) as (file, readers, arena):
         latency_s = _latency(file, readers, arena)
         return DiskSpeed(_bandwidth(file, readers, arena, seconds), latency_s)
+
+
+def measure_bandwidth(path: Path, n_threads: int, seconds: float) -> float:
+    """Bytes/s with so many threads. Memory held and errors as above."""
+    with _opened(path, n_threads) as (file, readers, arena):
+        return _bandwidth(file, readers, arena, seconds)
+
+
+@contextmanager
+def _opened(path: Path, n_threads: int) -> Iterator[tuple[DirectFile, Readers, Arena]]:
+    file, readers, arena = DirectFile(path), Readers(n_threads), Arena(_N_SLOTS * _PIECE_BYTES)
+    try:
+        yield file, readers, arena
     finally:
         readers.close(arena)
         file.close()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.architectures.base import OUTPUT, Architecture, Block, Weights
+from edgert.architectures.base import Architecture, Block, Weights
 from edgert.engine.batch import MAX_DECODE_TOKENS, Batch, Phase
 from edgert.engine.blockwise import MAX_GRAPHS, PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Solo
@@ -32,7 +32,7 @@ from offload.direct_file import forget_cached
 from offload.embedding import EmbeddingRows
 from offload.experts import PoolShape, split_experts
 from offload.residency import Piece, Residency, choose
-from offload.window import WindowWeights
+from offload.window import WindowWeights, by_block
 
 # What the process still grows by after its weights are placed: stacks of readers and of compute threads (1 MiB), the
 # template engine (2 MiB), what Python and the C library keep. A graph takes 50 KiB with its Python objects.
@@ -53,17 +53,13 @@ class Headers:
         self._context = Context(len(pieces) + 1)
         # Placed where nothing is ever read: the allocator must only not give them memory of its own.
         self._buffer = backend.wrap(HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
-        self._blocks: dict[Block, dict[str, Tensor]] = {}
         pieces, experts = (pieces, []) if are_whole else split_experts(pieces)
         self.experts = _AnyExperts({
             layer: {piece.spec.key: self._tensor(piece.type_id, (*piece.shape[:2], n_slots)) for piece in of_layer}
             for layer, of_layer in _by_layer(experts).items()}) if experts else None
-        for piece in pieces:
-            self._blocks.setdefault(piece.block, {})[piece.spec.key] = self._tensor(piece.type_id, piece.shape)
-        for block, weights in self._blocks.items():
-            if block.kind == "output":
-                for key in ("output_norm.weight",):
-                    weights.setdefault(key, self._blocks[OUTPUT][key])
+        tensors = {piece: self._tensor(piece.type_id, piece.shape) for piece in pieces}
+        self._blocks = {block: {piece.spec.key: tensors[piece] for piece in of_block}
+                        for block, of_block in by_block(pieces).items()}
         self.n_output_parts = sum(block.kind == "output" for block in self._blocks)
         info = model.tensors[EmbeddingRows.key]
         self._table = self._tensor(info.type.id, (info.shape[0], batch_size))

@@ -95,7 +95,7 @@ class WindowWeights:
         pieces = residency.pieces
         self._context = Context(len(pieces) + 8)
         self._tensors = {piece: self._context.tensor(piece.type_id, piece.shape, piece.spec.name) for piece in pieces}
-        self._blocks = _by_block(pieces)
+        self._blocks = by_block(pieces)
         self._weights: dict[Block, Weights] = {
             block: {piece.spec.key: self._tensors[piece] for piece in of_block}
             for block, of_block in self._blocks.items()}
@@ -288,7 +288,7 @@ class WindowWeights:
         self._arena.close()
 
 
-def _by_block(pieces: Sequence[Piece]) -> dict[Block, list[Piece]]:
+def by_block(pieces: Sequence[Piece]) -> dict[Block, list[Piece]]:
     """Each block's pieces, by name: blocks with the same tensors share a graph, whichever of them are pinned."""
     blocks: dict[Block, list[Piece]] = {}
     for piece in sorted(pieces, key=lambda p: p.spec.key):

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from types import MappingProxyType
 from typing import Any
 
 import edgert
@@ -23,11 +22,6 @@ from apps.cluster import command as cluster
 from edgert.errors import EdgertError, Interrupted, UsageError
 
 _SIGPIPE, _SIGTERM = 13, 15  # not every platform names them
-# Environment variables that ggml and libgomp read once, when they are loaded; what the user has set stays.
-LIBRARY_SETTINGS = MappingProxyType({
-    "GGML_NO_BACKTRACE": "1",  # an abort must not start a debugger on a user's machine
-    # OMP_WAIT_POLICY and GOMP_SPINCOUNT belong here, once weights stream while threads compute.
-})
 _EXIT_CODES = """\
 exit status:
   0  done                       7  a download failed
@@ -49,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(words)
         with logging_to_stderr(args.verbose, args.log_json):
-            for name, value in LIBRARY_SETTINGS.items():
-                os.environ.setdefault(name, value)
             status = int(args.func(args))
             if sys.stdout is not None:
                 sys.stdout.flush()

@@ -16,7 +16,7 @@ Verdict = Literal["fits", "streams", "too slow"]
 _MEMORY_BYTES_S, _DISK_BYTES_S = 8e9, 1e9
 # Slower than this, nobody reads along.
 TOO_SLOW_TOK_S = 0.5
-# Beside weights and KV: the interpreter, libraries, vocabulary and compute buffers (edgert/runtime.py).
+# Beside weights and KV: the interpreter, libraries, vocabulary and compute buffers.
 _PROCESS_BYTES = 192 * 2**20
 _WINDOW_SHARE = 0.05  # of the weights: what streams passes through a window of about this size
 
