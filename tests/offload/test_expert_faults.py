@@ -10,22 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.engines import open_engine, random_tokens
+from faults import BATCH, NEXT, PROMPT, step, stop_at
 from faulty_disk import FaultyDisk
 from numpy.typing import NDArray
-from streaming import logits_of, open_streaming, pool_of, window_of
+from streaming import open_streaming, pool_of, window_of
 
 from edgert.architectures.base import Weights
 from edgert.engine.block_state import BlockState
 from edgert.engine.engine import Engine
 from edgert.errors import ComputeError, ModelFileError
-from edgert.ggml.backend import Backend, Cancelled
-from edgert.ggml.graph import Graph
+from edgert.ggml.backend import Cancelled
 from offload import readers
 
 N_LAYERS, N_EXPERTS = 3, 8
-PROMPT, NEXT = random_tokens(150), [7]
-BATCH = 64  # the prompt is three batches
 FAMILIES = pytest.mark.parametrize("family", ["qwen3moe", "smallthinker"])
 
 
@@ -41,39 +38,9 @@ def path(tiny_model: Callable[..., Path], tmp_path: Path, family: str) -> Path:
 
 
 @pytest.fixture
-def expected(path: Path) -> list[NDArray[np.float32]]:
-    with open_engine(path, batch_size=BATCH) as engine:
-        return logits_of(engine, [PROMPT, NEXT, NEXT])
-
-
-@pytest.fixture
 def engine(path: Path) -> Iterator[Engine]:
     with open_streaming(path, 1.0, batch_size=BATCH, n_slots=N_EXPERTS) as engine:
         yield engine
-
-
-@pytest.fixture
-def disk(path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyDisk]:
-    disk = FaultyDisk(path).install(monkeypatch)
-    yield disk
-    disk.fails_with = None
-    disk.answer()
-
-
-def step(engine: Engine, token_ids: list[int]) -> NDArray[np.float32]:
-    return engine.step(np.array(token_ids, np.int32))[0]
-
-
-def stop_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, n_graphs: int) -> None:
-    """Cancel while graph number `n_graphs` of the next step computes."""
-    compute, count = Backend.compute, iter(range(n_graphs + 1))
-
-    def computes(backend: Backend, graph: Graph) -> None:
-        if next(count, -1) == n_graphs:
-            engine.cancel()
-        compute(backend, graph)
-
-    monkeypatch.setattr(Backend, "compute", computes)
 
 
 def fail_in_layer(engine: Engine, disk: FaultyDisk, layer: int) -> None:
