@@ -146,11 +146,11 @@ def test_resident_weights_are_guessed_for_when_asked_and_experts_never(tiny_mode
 def test_compute_wait_and_the_rest_are_all_the_time_there_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with streaming(path, speculates=False) as runtime:
         weights, disk = window_of(runtime.engine), FaultyDisk(path).install(monkeypatch)
+        before = weights.streamed_bytes  # before the answer's account begins: reads ahead go on meanwhile
         generation = runtime.generate(PROMPT, max_tokens=8, sampling=GREEDY)
         disk.stop_answering()
         timer = threading.Timer(0.3, disk.answer)
         timer.start()
-        before = weights.streamed_bytes
         generation.result()
         timer.join(60)
         timings = generation.timings.to_dict()
