@@ -33,7 +33,7 @@ def test_without_a_model_three_are_offered_that_suit(new_page: Callable[..., Any
                                                      real_model: Callable[[str], Path],
                                                      shots: Callable[[Any, str], None]) -> None:
     empty = {"HOME": str(tmp_path), "EDGERT_MODELS_DIR": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    with Served(tmp_path / "home", **empty) as server:
+    with Served(tmp_path / "home", "--context", "1k", **empty) as server:
         page = new_page(url=server.url)
         page.wait_for_selector("#welcome .card:nth-child(3)")
         assert page.locator("#welcome .card .badge").count() == 3
