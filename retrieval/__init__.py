@@ -1,1 +1,1 @@
-"""A long context in little memory: which cached tokens a step needs, and where their keys and values lie."""
+"""A long context in little memory: which cached tokens a step needs, and where keys and values lie meanwhile."""

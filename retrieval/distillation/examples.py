@@ -67,7 +67,7 @@ class Sequences:
         is_synthetic = (index * 7 % 20) < 20 * _SYNTHETIC_SHARE
         # Prose and code by turns, whatever there is more of.
         kind = [d for d in self.documents if d.is_code == (rng.random() < 0.4)] or self.documents
-        filler = self._filler(kind, rng, 4 * n_tokens)
+        filler = self._filler(kind, rng, 6 * n_tokens)
         if not is_synthetic:
             return *self._encoded([Piece(filler)], n_tokens, from_end=False), False
         filler = filler[:int(len(filler) * _FILLER_SHARE * n_tokens / len(self.encode(filler)))]
