@@ -19,12 +19,12 @@ from edgert.engine.collective import Solo
 from edgert.engine.engine import forward
 from edgert.engine.fused import FusedState
 from edgert.engine.kv_cache import DenseKVCache
-from edgert.engine.layouts import Layouts
-from edgert.engine.resident import ResidentWeights
+from edgert.engine.retrieval_head import features_of
 from edgert.ggml.backend import Allocator, Backend
 from edgert.ggml.graph import Graph, Tensor
 from edgert.gguf.model_file import ModelFile
-from retrieval.features import feature_layers_of, features_of
+from retrieval.distillation.teacher_weights import TeacherWeights
+from retrieval.features import feature_layers_of
 
 _BATCH_TOKENS = 512  # as the engine's own: other batches round otherwise
 
@@ -45,11 +45,10 @@ class Teacher:
     def __init__(self, model: ModelFile, max_tokens: int, n_threads: int) -> None:
         self.arch = open_architecture(model)
         self.layers = feature_layers_of(self.arch.hp.n_layers)
-        self._backend = Backend(n_threads)
-        self._kv = DenseKVCache(self._backend, self.arch.hp, max_tokens)
-        plain = Layouts({"prefill": frozenset(), "decode": frozenset()})
-        self._weights = ResidentWeights(self._backend, model, self.arch, plain)
-        self._allocator = Allocator(self._backend)
+        self.backend = Backend(n_threads)
+        self._kv = DenseKVCache(self.backend, self.arch.hp, max_tokens)
+        self.weights = TeacherWeights(self.backend, model, self.arch)
+        self._allocator = Allocator(self.backend)
 
     @property
     def watched_layers(self) -> list[int]:
@@ -63,12 +62,12 @@ class Teacher:
         scale = 1.0
         self._kv.truncate(0)
         for batch in split(token_ids, 0, _BATCH_TOKENS):
-            state = _TappedState(self.arch, self._kv, batch, self.layers)
+            state = TappedState(self.arch, self._kv, batch, self.layers)
             try:
-                forward([state], self.arch, self._weights, Solo())
+                forward([state], self.arch, self.weights, Solo())
                 self._allocator.alloc(state.graph)
                 state.inputs.write(self._kv, batch)
-                self._backend.compute(state.graph)
+                self.backend.compute(state.graph)
                 features.append(features_of([Backend.array(t).reshape(batch.n_tokens, -1) for t in state.residuals]))
                 inside = positions[(positions >= batch.start) & (positions < batch.end)] - batch.start
                 for layer, kept in queries.items():
@@ -78,15 +77,22 @@ class Teacher:
             finally:
                 state.graph.close()
             self._kv.commit(batch)
-        keys = {layer: Backend.array(self._kv.k[layer])[:len(token_ids)].astype(np.float32)
-                .reshape(-1, hp.n_kv_heads, hp.head_dim) for layer in queries}
+        keys = {layer: self._rows(self._kv.k[layer], len(token_ids)) for layer in queries}
         return Pass(np.concatenate(features), {i: np.concatenate(kept) for i, kept in queries.items()}, keys, scale)
+
+    def values(self, n_tokens: int) -> list[NDArray[np.float32]]:
+        """Each layer's values (n_tokens, n_kv_heads, head_dim) of the tokens that were watched last."""
+        return [self._rows(tensor, n_tokens) for tensor in self._kv.v]
+
+    def _rows(self, cache: Tensor, n_tokens: int) -> NDArray[np.float32]:
+        rows = Backend.array(cache)[:n_tokens].astype(np.float32)
+        return rows.reshape(n_tokens, self.arch.hp.n_kv_heads, self.arch.hp.head_dim)
 
     def close(self) -> None:
         self._allocator.close()
         self._kv.close()
-        self._weights.close()
-        self._backend.close()
+        self.weights.close()
+        self.backend.close()
 
 
 class _Tap:
@@ -102,7 +108,7 @@ class _Tap:
         return self._kv.attend(g, layer, q, k, v, scale)
 
 
-class _TappedState(FusedState):
+class TappedState(FusedState):
     """One graph for the whole model that also gives residual streams and queries."""
 
     def __init__(self, arch: Architecture, kv: DenseKVCache, batch: Batch, layers: Sequence[int]) -> None:
