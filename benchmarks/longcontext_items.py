@@ -95,8 +95,9 @@ def _fact(rng: Random, key: str, kind: str) -> Fact:
 
 
 def needle(texts: list[Document], encode: Encode, rng: Random, n_tokens: int, n_keys: int = 1, n_values: int = 1,
-           n_queries: int = 1, depth: float | None = None, kind: str = "needle") -> Item:
-    """Facts in prose, one or more asked for. Several values of one key are asked for together."""
+           n_queries: int = 1, depth: float | None = None, last_only: bool = False, kind: str = "needle") -> Item:
+    """Facts in prose, one or more asked for. Several values of one key are asked for together. With `last_only`, the
+    questions before the last are only turns of a conversation."""
     keys, place = rng.sample(_KEYS, max(n_keys, n_queries)), rng.choice(_KINDS)
     facts = [_fact(rng, key, place) for key in keys]
     asked = facts[:n_queries]
@@ -107,7 +108,7 @@ def needle(texts: list[Document], encode: Encode, rng: Random, n_tokens: int, n_
                       [fact.value for fact in (asked[0], *more)])]
     placed = sorted([(rng.random() if depth is None else depth, index, fact)
                      for index, fact in enumerate([*facts, *more])], key=lambda one: one[:2])
-    return _assemble(texts, encode, rng, n_tokens, placed, questions, kind)
+    return _assemble(texts, encode, rng, n_tokens, placed, questions, kind, len(questions) - 1 if last_only else 0)
 
 
 def variables(texts: list[Document], encode: Encode, rng: Random, n_tokens: int, n_hops: int = 2) -> Item:
@@ -123,14 +124,15 @@ def variables(texts: list[Document], encode: Encode, rng: Random, n_tokens: int,
 
 
 def _assemble(texts: list[Document], encode: Encode, rng: Random, n_tokens: int, placed: list[tuple[float, int, Fact]],
-              questions: list[tuple[str, list[str]]], kind: str) -> Item:
+              questions: list[tuple[str, list[str]]], kind: str, first_judged: int = 0) -> Item:
     steps, answers = list[int](), list[int]()
-    wanted = {value for _, values in questions for value in values}
-    for question, values in questions:
+    wanted = {value for _, values in questions[first_judged:] for value in values}
+    for number, (question, values) in enumerate(questions):
         steps += encode(question)
         for value in values:
             value_ids = encode(value)
-            answers += range(len(steps) - 1, len(steps) - 1 + len(value_ids))
+            if number >= first_judged:
+                answers += range(len(steps) - 1, len(steps) - 1 + len(value_ids))
             steps += value_ids + (encode(",") if len(values) > 1 else [])
     coded = [(depth, encode(fact.text), encode(fact.value), fact.value in wanted) for depth, _, fact in placed]
     n_filler = n_tokens - len(steps) - sum(len(text) + len(value) + 1 for _, text, value, _ in coded)

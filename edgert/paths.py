@@ -18,6 +18,11 @@ class Paths:
     config: Path
     cache: Path
 
+    @property
+    def heads(self) -> Path:
+        """Retrieval heads that were distilled here."""
+        return self.models.parent / "heads"
+
     @classmethod
     def of_user(cls) -> Paths:
         home = os.environ.get("EDGERT_HOME")

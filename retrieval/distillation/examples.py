@@ -20,6 +20,7 @@ from retrieval.distillation.teacher import Teacher
 from retrieval.distillation.text import Document
 
 Encode = Callable[[str], list[int]]
+N_TOKENS = 2048
 RUN = 32  # queries are consecutive tokens, so that what the step before attended to is known
 _SYNTHETIC_SHARE = 0.35
 _FILLER_SHARE = 0.8  # of a synthetic sequence's tokens
@@ -61,9 +62,10 @@ class Sequences:
     held_out: bool = False
 
     def make(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8], bool]:
-        """Token ids and roles, 2,048 or 4,096, and whether it is synthetic."""
+        """Token ids and roles, and whether it is synthetic. Some of those held out are longer than any that is learned
+        from: attention's cost grows with the square, and a head reaches further by gaps in its positions."""
         rng = Random(f"{self.seed}/{self.held_out}/{index}")
-        n_tokens = 4096 if index % 6 == 5 else 2048
+        n_tokens = 2 * N_TOKENS if self.held_out and index % 6 == 5 else N_TOKENS
         is_synthetic = (index * 7 % 20) < 20 * _SYNTHETIC_SHARE
         # Prose and code by turns, whatever there is more of.
         kind = [d for d in self.documents if d.is_code == (rng.random() < 0.4)] or self.documents
