@@ -63,12 +63,14 @@ class Engine:
         account = Account()
         self._laps.rest(account)
         logits = self._run(batches)
+        assert logits is not None  # split() asks for at least one row of the last batch
         self._laps.step(account)
         self._trace.count("step, ms", compute=account.compute_ms, wait=account.wait_ms, rest=account.rest_ms)
         self._trace.count("step, bytes read", read=account.read_bytes)
         return logits
 
-    def _run(self, batches: list[Batch]) -> NDArray[np.float32]:
+    def _run(self, batches: list[Batch]) -> NDArray[np.float32] | None:
+        """Logits of the last batch, or None when none are wanted."""
         if isinstance(self._graphs, BlockwiseGraphs):
             n_tokens = sum(batch.n_tokens for batch in batches)
             with self._trace.span(f"{batches[0].phase} {n_tokens}", "compute"):
@@ -79,7 +81,6 @@ class Engine:
                 with self._trace.span(f"{batch.phase} {batch.n_tokens}", "compute"):
                     logits = self._graphs.run(batch, self._forward, self._features)
                 self.kv.commit(batch)
-        assert logits is not None  # split() asks for at least one row of the last batch
         return logits
 
     def _forward(self, states: Sequence[State]) -> None:

@@ -1,4 +1,4 @@
-"""Who wants to see the residual stream of a step's tokens, and of which layers. For most nobody does: nothing is kept."""
+"""Who wants to see the residual stream of a step's tokens, and of which layers. Where nobody does, none is kept."""
 
 from __future__ import annotations
 
