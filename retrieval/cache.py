@@ -6,9 +6,10 @@ needs and `bring` has them in the hot buffer; what the step has shown of its att
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,17 @@ from numpy.typing import NDArray
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.batch import Batch
 from edgert.engine.kv_cache import DenseKVCache, KVGraph
+from edgert.errors import ContextOverflow
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
-from retrieval.cold import DenseTier
+from retrieval.cold import ColdTier, DenseTier
 from retrieval.graph import Observation
 from retrieval.hot import MAX_STEP_TOKENS, HotKVCache
 from retrieval.masked import MaskedKVCache
 from retrieval.selection import Policy, Selection, Survivors, select
-from retrieval.selectors import Selector
+from retrieval.selectors import Halves, Selector
+from retrieval.staged import LayerFile, StagedKVCache, from_records, in_blocks, record_blocks, to_records
+from retrieval.store import DiskTier
 
 Floats = NDArray[np.float32]
 Positions = NDArray[np.int64]
@@ -55,15 +59,22 @@ class RetrievedKVCache:
     """Composes the tiers. Its seam is that of the dense part; `hot` and `whole` have seams of their own."""
 
     def __init__(self, backend: Backend, hp: Hyperparameters, dense: DenseKVCache, selector: Selector, policy: Policy,
-                 from_tokens: int) -> None:
+                 from_tokens: int, *, context_length: int | None = None, disk: DiskTier | None = None) -> None:
+        """Without `disk`, the dense cache holds the whole context and is the cold tier. With it, the dense cache holds
+        `from_tokens`, and is given back when the text becomes longer."""
         n_slots = max(policy.budget, policy.most) + MAX_STEP_TOKENS
         observed = observed_layers(hp) | selector.key_layers
-        self.context_length, self.from_tokens = dense.context_length, max(from_tokens, policy.budget)
+        self.context_length = context_length or dense.context_length
+        self.from_tokens = max(from_tokens, policy.budget)
+        if self.from_tokens > dense.context_length and disk is not None:
+            raise AssertionError(f"{self.from_tokens} tokens stay in memory, which holds {dense.context_length}")
         self.selector, self.policy, self.counts = selector, policy, Counts()
-        self.dense, self._head_dim = dense, hp.head_dim
-        self.whole = MaskedKVCache(dense, hp, observed)
-        self.hot = HotKVCache(backend, hp, dense.context_length, n_slots, observed)
-        self.cold = DenseTier(dense)
+        self.dense, self.disk, self._backend, self._hp = dense, disk, backend, hp
+        self._near = DenseTier(dense)
+        self.whole = MaskedKVCache(dense, hp, observed) if disk is None else None
+        self.hot = HotKVCache(backend, hp, self.context_length, n_slots, observed)
+        self.cold: ColdTier = self._near if disk is None else disk
+        self.length = 0
         self._survivors: Survivors | None = None
         self._last: Selection | None = None
         self._n_since_whole = _FULL_EVERY
@@ -73,13 +84,15 @@ class RetrievedKVCache:
         """The set for this step; None where it should look at everything."""
         scores = self.selector.scores(batch.start)
         self._n_since_whole += 1
-        if scores is None:
+        if scores is None and self.whole is not None:
             return None
-        chosen = select(scores, self._survivors, self.policy)
-        return chosen if chosen.is_sure or self._n_since_whole < _FULL_EVERY else None
+        chosen = select(np.zeros(batch.start, np.float32) if scores is None else scores, self._survivors, self.policy)
+        looks_around = self.whole is not None and not chosen.is_sure and self._n_since_whole >= _FULL_EVERY
+        return None if looks_around else chosen
 
     def bring(self, chosen: Selection, batch: Batch) -> None:
         """Have the set in the hot buffer, by exchanging what differs from the one before."""
+        self._spill(batch.start)
         assignment = self.hot.prepare(chosen.positions, batch)
         try:
             self.cold.fetch(self.hot.records, assignment.missing_slots, assignment.missing)
@@ -96,6 +109,7 @@ class RetrievedKVCache:
     def commit_step(self, batch: Batch, chosen: Selection | None) -> None:
         """The step was computed, over the hot buffer or, without a set, over everything."""
         if chosen is None:
+            assert self.whole is not None  # `select` gave no set
             self.commit(batch)
             self._observed(np.arange(batch.end, dtype=np.int64), np.arange(batch.end), self.whole.observations(), batch)
             self._n_since_whole = 0
@@ -105,8 +119,11 @@ class RetrievedKVCache:
         self.cold.keep(self.hot.records, self.hot.slots.where(new), new)
         if self.hot.ring is not None:
             self.cold.keep(self.hot.ring, new % self.hot.ring.n_rows, new)
-        self.commit(batch)
         self.hot.commit(batch)
+        if self.disk is None:
+            self.dense.commit(batch)
+        self._show_keys(new, self.hot.slots.where(new))
+        self.length = batch.end
         positions = np.concatenate([chosen.positions, new])
         self._observed(positions, self.hot.slots.where(positions), self.hot.observations(), batch)
         self.counts.n_steps += 1
@@ -126,6 +143,62 @@ class RetrievedKVCache:
             positions, attention = positions[best], attention[best]
         self._survivors = Survivors(positions, attention.astype(np.float32))
 
+    def _show_keys(self, positions: Positions, rows: Positions) -> None:
+        """A selector sees the keys of new tokens, which lie in these rows of the hot buffer."""
+        values, layers = self.hot.records.values(), self.hot.records.shape.layers
+        self.show_keys(int(positions[0]), {layer: values[rows, layers.index(layer), 0]
+                                           for layer in self.selector.key_layers})
+
+    def show_keys(self, start: int, keys: dict[int, Halves]) -> None:
+        """A selector sees the keys (n, kv_size) of tokens from `start` on, of some of its layers."""
+        if keys:
+            self.selector.add_keys(start, {layer: rows.reshape(len(rows), -1, self._hp.head_dim)
+                                           for layer, rows in keys.items()})
+
+    # -- between the tiers ---------------------------------------------------------------------------------------
+    def _spill(self, end: int) -> None:
+        """Keep in the cold tier what only the dense cache holds, and give its memory back."""
+        if self.cold.n_tokens > end:
+            self.cold.truncate(end)  # a step that was stopped after its token was kept
+        if self.disk is None or self.cold.n_tokens == end:
+            return
+        start = self.cold.n_tokens
+        with record_blocks(self._backend, self._hp) as blocks:
+            for records, first, n in in_blocks(blocks, start, end):
+                self._near.fetch(records, np.arange(n, dtype=np.int64), np.arange(first, first + n, dtype=np.int64))
+                self.cold.write_through(records, first, n)
+        self.dense.truncate(0)
+        self.dense.give_back()
+
+    def gather(self, end: int) -> None:
+        """Have the first `end` tokens in the dense cache, which has room for them."""
+        start = self.dense.length
+        if start >= end:
+            return
+        with record_blocks(self._backend, self._hp) as blocks:
+            for records, first, n in in_blocks(blocks, start, end):
+                rows, positions = np.arange(n, dtype=np.int64), np.arange(first, first + n, dtype=np.int64)
+                self.cold.fetch(records, rows, positions)
+                self._near.keep(records, rows, positions)
+        self.dense.length = end
+
+    @contextmanager
+    def staging(self, directory: Path, start: int, end: int) -> Iterator[StagedKVCache]:
+        """A cache for a prompt from `start` to `end`, one layer at a time. Its tokens are kept once the block ends."""
+        assert self.disk is not None
+        self._spill(start)
+        file = LayerFile(directory, self._hp, end)
+        with record_blocks(self._backend, self._hp) as blocks, closing(file):
+            from_records(file, self.cold, blocks, start)
+            with closing(StagedKVCache(self._backend, self._hp, end, file, self._staged_keys)) as staged:
+                yield staged
+            to_records(file, self.cold, blocks, start, end)
+        self.length = end
+
+    def _staged_keys(self, layer: int, start: int, keys: Halves) -> None:
+        if layer in self.selector.key_layers:
+            self.show_keys(start, {layer: keys})
+
     # -- features ------------------------------------------------------------------------------------------------
     @property
     def feature_layers(self) -> frozenset[int]:
@@ -136,14 +209,6 @@ class RetrievedKVCache:
 
     # -- the seam ------------------------------------------------------------------------------------------------
     @property
-    def length(self) -> int:
-        return self.dense.length
-
-    @length.setter
-    def length(self, n_tokens: int) -> None:
-        self.dense.length = n_tokens
-
-    @property
     def k(self) -> Sequence[Tensor]:
         return self.dense.k
 
@@ -153,7 +218,8 @@ class RetrievedKVCache:
 
     @property
     def resident_bytes(self) -> int:
-        return self.cold.resident_bytes + self.hot.resident_bytes + self.selector.resident_bytes
+        cold_bytes = 0 if self.disk is None else self.disk.resident_bytes
+        return self.dense.resident_bytes + cold_bytes + self.hot.resident_bytes + self.selector.resident_bytes
 
     def bucket(self, batch: Batch) -> int:
         return self.dense.bucket(batch)
@@ -168,15 +234,15 @@ class RetrievedKVCache:
         return self.dense.lease(layer)
 
     def check_room(self, n_tokens: int, trained_length: int | None = None) -> None:
-        self.dense.check_room(n_tokens, trained_length)
+        if n_tokens > self.context_length:
+            raise ContextOverflow(n_tokens, self.context_length, trained_length)
 
     def commit(self, batch: Batch) -> None:
+        """A dense pass over the last of several batches has ended."""
         start = self.dense.length
         self.dense.commit(batch)
-        keys = {layer: self.cold.keys(layer, start, batch.end).reshape(batch.end - start, -1, self._head_dim)
-                for layer in self.selector.key_layers}
-        if keys:
-            self.selector.add_keys(start, keys)
+        self.length = batch.end
+        self.show_keys(start, {layer: self._near.keys(layer, start, batch.end) for layer in self.selector.key_layers})
 
     def truncate(self, n_tokens: int) -> None:
         if n_tokens < self.length:
@@ -186,6 +252,7 @@ class RetrievedKVCache:
                 kept = self._survivors.positions < n_tokens
                 self._survivors = Survivors(self._survivors.positions[kept], self._survivors.attention[kept])
         self.dense.truncate(n_tokens)
+        self.length = min(self.length, n_tokens)
 
     def give_back(self) -> None:
         self.dense.give_back()

@@ -21,6 +21,11 @@ Positions = NDArray[np.int64]
 
 class ColdTier(Protocol):
     @property
+    def n_tokens(self) -> int:
+        """How many tokens, from the first on, were kept."""
+        ...
+
+    @property
     def resident_bytes(self) -> int:
         """Memory that it takes now."""
         ...
@@ -31,7 +36,11 @@ class ColdTier(Protocol):
         ...
 
     def keep(self, records: Records, rows: Positions, positions: Positions) -> None:
-        """The tokens at `positions` are in these rows; where they were kept before, they are replaced."""
+        """The tokens at `positions`, the next ones in order, are in these rows."""
+        ...
+
+    def write_through(self, records: Records, start: int, n: int) -> None:
+        """The first `n` records are the tokens from `start` on, and are kept before this returns: many at once."""
         ...
 
     def truncate(self, n_tokens: int) -> None: ...
@@ -48,6 +57,10 @@ class DenseTier:
         self._v: list[Halves] = [Backend.array(t) for t in dense.v]
 
     @property
+    def n_tokens(self) -> int:
+        return self._dense.length
+
+    @property
     def resident_bytes(self) -> int:
         return self._dense.resident_bytes
 
@@ -62,6 +75,9 @@ class DenseTier:
         for index, layer in enumerate(records.shape.layers):
             self._k[layer][positions] = values[rows, index, 0]
             self._v[layer][positions] = values[rows, index, 1]
+
+    def write_through(self, records: Records, start: int, n: int) -> None:
+        self.keep(records, np.arange(n, dtype=np.int64), np.arange(start, start + n, dtype=np.int64))
 
     def keys(self, layer: int, start: int, end: int) -> Halves:
         """(end - start, kv_size) of one layer."""

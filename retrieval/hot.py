@@ -42,7 +42,7 @@ class HotKVCache:
         if hp.window_layers:
             n_ring = -(-(min(hp.window, context_length) + MAX_STEP_TOKENS) // _BUCKET) * _BUCKET
             self.ring = Records(backend, RecordShape.windowed(hp), n_ring, "the windows' buffer")
-            self._ring_positions = np.full(n_ring, -1, np.int64)
+            self._ring_positions: Positions = np.full(n_ring, -1, np.int64)
         others = [] if self.ring is None else [self.ring]
         self._k = in_layer_order(*(one.k for one in (self.records, *others)))
         self._v = in_layer_order(*(one.v for one in (self.records, *others)))
@@ -74,8 +74,8 @@ class HotKVCache:
         if self.ring is None:
             return np.zeros(0, np.int64)
         wanted = np.arange(max(0, start - self._window + 1), start, dtype=np.int64)
-        held: Positions = self._ring_positions[wanted % self.ring.n_rows]
-        return wanted[held != wanted]
+        is_other: NDArray[np.bool_] = self._ring_positions[wanted % self.ring.n_rows] != wanted
+        return np.asarray(wanted[is_other], np.int64)
 
     def fill_ring(self, positions: Positions) -> Positions:
         """The ring's rows for these positions, which count as filled from now on."""
