@@ -180,6 +180,16 @@ class ComputeError(EdgertError):
     exit_code = 11
 
 
+class KVStoreError(ComputeError):
+    """Keys and values on disk are damaged, gone, or cannot be written. Nothing was computed from them."""
+
+    def __init__(self, path: str, problem: str,
+                 next_step: str = "Ask again: the text is computed anew. If it happens again, check the disk.") -> None:
+        super().__init__(f"{path}: {problem}", next_step)
+        self.path = path
+        self.problem = problem
+
+
 class ClusterError(EdgertError):
     """The devices do not work together: not paired, not reachable, of another version, or lost."""
 

@@ -227,7 +227,7 @@ class Runtime:
         weights, kv = self.engine.weights, self.engine.kv
         return {"budget_bytes": self._budget_bytes, "peak_rss_bytes": peak_rss_bytes(),
                 "pinned_bytes": weights.pinned_bytes, "streamed_bytes": weights.streamed_bytes,
-                "kv_resident_bytes": kv.size_bytes // kv.n_cells * kv.length, "kv_selected_tokens": None,
+                "kv_resident_bytes": kv.resident_bytes, "kv_selected_tokens": None,
                 "compute_bytes": self.engine.compute_bytes}
 
     def plan(self) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv
             graphs.part_tokens = part_tokens
             most = max(part.n_tokens for part in graphs.in_parts([Batch(np.zeros(n_tokens, np.int32), 0)]))
             compute_bytes[part_tokens] = graphs.reserve(_largest(most, n_logits, kv),
-                                                        lambda states: forward(states, arch, headers, Solo()))
+                                                        lambda states: forward(states, arch, headers, kv, Solo()))
     finally:
         headers.close()
     for path, data_start in zip(model.parts, model.data_starts, strict=True):
@@ -149,7 +149,7 @@ def _fused_bytes(backend: Backend, pieces: Sequence[Piece], model: ModelFile, ar
     """Compute buffers of the whole model in one graph."""
     whole, fused = Headers(backend, pieces, model, n_tokens, are_whole=True), FusedGraphs(backend, arch, kv)
     try:
-        return fused.reserve(_largest(n_tokens, n_logits, kv), lambda states: forward(states, arch, whole, Solo()))
+        return fused.reserve(_largest(n_tokens, n_logits, kv), lambda states: forward(states, arch, whole, kv, Solo()))
     finally:
         fused.close()
         whole.close()

@@ -40,6 +40,7 @@ class BlockState:
         self._n_logits_rows = 0
         self._choice: Choice | None = None
         self._carried_layer = -1
+        self.streams: list[NDArray[np.float32]] = []  # the kept features, each (n_tokens, hidden_size)
 
     @property
     def hidden(self) -> Tensor:
@@ -177,6 +178,10 @@ class BlockState:
         into = self._scratch.logits_rows(self._n_logits_rows, n_rows)
         self._n_logits_rows += n_rows
         self._compute(self._arch.output, ("output",), w, [self._x], into)
+
+    def keep_feature(self) -> None:
+        if not self._graphs.only_measures:
+            self.streams.append(Backend.array(self._x).reshape(self.batch.n_tokens, -1).copy())
 
     def read_logits(self) -> NDArray[np.float32] | None:
         if self.batch.n_outputs == 0:

@@ -18,8 +18,9 @@ from edgert.architectures.base import Architecture, Weights
 from edgert.engine.batch import Batch, Phase, in_parts
 from edgert.engine.block_state import BlockState
 from edgert.engine.expert_graphs import ExpertMemory
+from edgert.engine.features import FeatureSink
 from edgert.engine.fused import State, n_nodes
-from edgert.engine.kv_cache import DenseKVCache
+from edgert.engine.kv_cache import KVCache
 from edgert.engine.scratch import Scratch
 from edgert.errors import OutOfMemory
 from edgert.ggml.backend import Allocator, Backend, Buffer
@@ -47,7 +48,7 @@ class _BlockGraph:
 class BlockwiseGraphs:
     """Block graphs by function, layer kind, tensor types and shape. All share one compute buffer per phase."""
 
-    def __init__(self, backend: Backend, arch: Architecture, kv: DenseKVCache) -> None:
+    def __init__(self, backend: Backend, arch: Architecture, kv: KVCache) -> None:
         self.backend, self.arch, self.kv = backend, arch, kv
         self._allocators = self._new_allocators()
         self._graphs: OrderedDict[tuple[object, ...], _BlockGraph] = OrderedDict()
@@ -64,11 +65,15 @@ class BlockwiseGraphs:
         return (sum(a.size_bytes for a in self._allocators.values()) + self._work_bytes
                 + (self._buffer.size_bytes if self._buffer else 0) + self.experts.size_bytes)
 
-    def run(self, batches: list[Batch], forward: Callable[[list[State]], None]) -> NDArray[np.float32] | None:
+    def run(self, batches: list[Batch], forward: Callable[[list[State]], None],
+            features: FeatureSink | None = None) -> NDArray[np.float32] | None:
         """Pass the batches through the model, layer by layer. Logits of the last batch, or None."""
         states = [BlockState(self, batch) for batch in batches]
         try:
             forward(list(states))
+            if features is not None:
+                for state in states:
+                    features.take(state.batch, state.streams)
             return states[-1].read_logits()
         finally:
             for state in states:

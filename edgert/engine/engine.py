@@ -17,24 +17,28 @@ from edgert.engine.account import Account, Laps
 from edgert.engine.batch import Batch, split
 from edgert.engine.blockwise import PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Collective, Solo
+from edgert.engine.features import FeatureSink
 from edgert.engine.fused import FusedGraphs, State
-from edgert.engine.kv_cache import DenseKVCache
+from edgert.engine.kv_cache import KVCache
 from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import Experts, Leases, WeightSource
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Tensor
 
+_EMBEDDING = -1  # among the layers with features: what comes before the first
+
 
 class Engine:
     """One sequence over one model. Not safe for two steps at once; `cancel` may come from any thread."""
 
-    def __init__(self, arch: Architecture, weights: WeightSource, kv: DenseKVCache, backend: Backend, *,
+    def __init__(self, arch: Architecture, weights: WeightSource, kv: KVCache, backend: Backend, *,
                  collective: Collective | None = None, batch_size: int = 512, fused: bool | None = None,
-                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF,
+                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF, features: FeatureSink | None = None,
                  between_steps: Callable[[int], None] = lambda n_tokens: None) -> None:
         self.arch, self.weights, self.kv, self.backend = arch, weights, kv, backend
         self.collective: Collective = collective or Solo()
         self.batch_size, self._trace, self._laps = batch_size, trace, Laps(weights)
+        self._features = features
         self.between_steps = between_steps  # what stays in memory may change there; given the tokens to come
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
@@ -59,27 +63,28 @@ class Engine:
         account = Account()
         self._laps.rest(account)
         logits = self._run(batches)
+        assert logits is not None  # split() asks for at least one row of the last batch
         self._laps.step(account)
         self._trace.count("step, ms", compute=account.compute_ms, wait=account.wait_ms, rest=account.rest_ms)
         self._trace.count("step, bytes read", read=account.read_bytes)
         return logits
 
-    def _run(self, batches: list[Batch]) -> NDArray[np.float32]:
+    def _run(self, batches: list[Batch]) -> NDArray[np.float32] | None:
+        """Logits of the last batch, or None when none are wanted."""
         if isinstance(self._graphs, BlockwiseGraphs):
             n_tokens = sum(batch.n_tokens for batch in batches)
             with self._trace.span(f"{batches[0].phase} {n_tokens}", "compute"):
-                logits = self._graphs.run(self._graphs.in_parts(batches), self._forward)
+                logits = self._graphs.run(self._graphs.in_parts(batches), self._forward, self._features)
             self.kv.commit(batches[-1])
         else:
             for batch in batches:
                 with self._trace.span(f"{batch.phase} {batch.n_tokens}", "compute"):
-                    logits = self._graphs.run(batch, self._forward)
+                    logits = self._graphs.run(batch, self._forward, self._features)
                 self.kv.commit(batch)
-        assert logits is not None  # split() asks for at least one row of the last batch
         return logits
 
     def _forward(self, states: Sequence[State]) -> None:
-        forward(states, self.arch, self.weights, self.collective)
+        forward(states, self.arch, self.weights, self.kv, self.collective, self._features)
 
     def plan(self) -> dict[str, Any]:
         """How this model runs here, for people and for `--json`."""
@@ -91,7 +96,7 @@ class Engine:
     def become(self, other: Engine) -> None:
         """Take over everything that `other` has opened. What this engine had is not closed."""
         self.arch, self.weights, self.kv, self.backend = other.arch, other.weights, other.kv, other.backend
-        self.collective, self.batch_size = other.collective, other.batch_size
+        self.collective, self.batch_size, self._features = other.collective, other.batch_size, other._features
         self._trace, self._graphs, self._laps = other._trace, other._graphs, other._laps
         self.between_steps = other.between_steps
 
@@ -109,13 +114,15 @@ class Engine:
         self.backend.close()
 
 
-def forward(states: Sequence[State], arch: Architecture, weights: Leases, collective: Collective) -> None:
+def forward(states: Sequence[State], arch: Architecture, weights: Leases, kv: KVCache, collective: Collective,
+            features: FeatureSink | None = None) -> None:
     """Every block in order. Each state holds one batch: all of them pass a block while its weights are here.
 
     Rank 0 alone holds the embedding and the output head; the last sum is only for it.
     """
     phase = states[0].batch.phase if len(states) == 1 else "prefill"
     reduce, n_layers, experts = collective.all_reduce, arch.hp.n_layers, weights.experts
+    featured = frozenset[int]() if features is None else features.feature_layers | {_EMBEDDING}
 
     if experts is not None:
         experts.release()  # what a step that was stopped has left
@@ -124,9 +131,11 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, collec
             with weights.lease_embedding(state.batch.token_ids, phase) as (w, rows):
                 state.embed(w, rows)
         collective.broadcast(state.hidden)
+        if _EMBEDDING in featured:
+            state.keep_feature()
 
     for layer in range(n_layers):
-        with weights.lease(Block("attention", layer), phase) as w:
+        with weights.lease(Block("attention", layer), phase) as w, kv.lease(layer):
             if experts is not None and arch.hp.carried_size and (layer < n_layers - 1 or phase == "decode"):
                 for state in states:  # the router comes before attention, so experts are read while that computes
                     experts.request(layer, state.foresee(layer, w))
@@ -141,10 +150,12 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, collec
         with weights.lease(Block("ffn", layer), phase) as w:
             if experts is not None:
                 stream_experts(states, layer, w, experts, reduce)
-                continue
-            for state in states:
-                partial = state.ffn(layer, w)
-                state.add_ffn(layer, w, reduce(partial))
+            else:
+                for state in states:
+                    partial = state.ffn(layer, w)
+                    state.add_ffn(layer, w, reduce(partial))
+        for state in states if layer in featured else ():
+            state.keep_feature()
 
     for part in range(weights.n_output_parts if collective.rank == 0 else 0):
         with weights.lease(Block("output", part), phase) as w:

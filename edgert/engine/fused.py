@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from edgert.architectures.base import Architecture, Hyperparameters, StepInputs, Weights
 from edgert.engine.batch import Batch
-from edgert.engine.kv_cache import DenseKVCache, DenseKVGraph
+from edgert.engine.features import FeatureSink
+from edgert.engine.kv_cache import KVCache, KVGraph
 from edgert.errors import OutOfMemory
 from edgert.ggml.abi import TYPE_I32
 from edgert.ggml.backend import Allocator, Backend
@@ -57,6 +58,10 @@ class State(Protocol):
 
     def output(self, w: Weights, part: int) -> None: ...
 
+    def keep_feature(self) -> None:
+        """The residual stream as it is now is a feature of the batch's tokens."""
+        ...
+
     # Where experts come one by one:
     def foresee(self, layer: int, w: Weights) -> Mapping[int, int]:
         """The experts that `route` will choose, known before attention. As `route`."""
@@ -82,12 +87,12 @@ class Inputs:
 
     token_ids: Tensor
     step: StepInputs
-    kv: DenseKVGraph
+    kv: KVGraph
     output_rows: Tensor | None
     arrays: list[NDArray[Any]] = field(default_factory=list)  # the inputs' memory, once it is placed
 
     @classmethod
-    def of(cls, g: Context, kv: DenseKVCache, batch: Batch) -> Inputs:
+    def of(cls, g: Context, kv: KVCache, batch: Batch) -> Inputs:
         token_ids = g.input("token_ids", TYPE_I32, (batch.n_tokens,))
         positions = g.input("positions", TYPE_I32, (batch.n_tokens,))
         view = kv.open(g, batch.n_tokens, kv.bucket(batch))
@@ -95,7 +100,7 @@ class Inputs:
         rows = g.input("output_rows", TYPE_I32, (batch.n_outputs,)) if selects else None
         return cls(token_ids, StepInputs(positions, view), view, rows)
 
-    def write(self, kv: DenseKVCache, batch: Batch) -> None:
+    def write(self, kv: KVCache, batch: Batch) -> None:
         """Fill every input. Graphs reuse this memory, so it is filled before each computation."""
         if not self.arrays:
             selected = [] if self.output_rows is None else [self.output_rows]
@@ -133,7 +138,7 @@ class Inputs:
 class FusedState(State):
     """Adds every block to one graph."""
 
-    def __init__(self, arch: Architecture, kv: DenseKVCache, batch: Batch) -> None:
+    def __init__(self, arch: Architecture, kv: KVCache, batch: Batch) -> None:
         self.batch = batch
         self._arch = arch
         self.graph = Graph(n_nodes(arch.hp, arch.hp.n_layers))
@@ -144,6 +149,8 @@ class FusedState(State):
         self._carried: Tensor | None = None
         self.logits: Tensor | None = None
         self.logits_array: NDArray[np.float32] | None = None
+        self._features: list[Tensor] = []
+        self._streams: list[NDArray[np.float32]] = []
 
     @property
     def hidden(self) -> Tensor:
@@ -177,11 +184,20 @@ class FusedState(State):
     def output(self, w: Weights, part: int) -> None:
         self.logits = self.graph.output(self._arch.output(self.graph, w, self._x))
 
+    def keep_feature(self) -> None:
+        self._features.append(self.graph.output(self._x))
+
+    def streams(self) -> list[NDArray[np.float32]]:
+        """The kept features, each (n_tokens, hidden_size), valid until the next computation."""
+        if not self._streams:
+            self._streams = [Backend.array(t).reshape(self.batch.n_tokens, -1) for t in self._features]
+        return self._streams
+
 
 class FusedGraphs:
     """Whole-model graphs by shape, newest use last. All share one compute buffer per phase."""
 
-    def __init__(self, backend: Backend, arch: Architecture, kv: DenseKVCache) -> None:
+    def __init__(self, backend: Backend, arch: Architecture, kv: KVCache) -> None:
         self._backend, self._arch, self._kv = backend, arch, kv
         self._allocators = {"prefill": Allocator(backend), "decode": Allocator(backend)}
         self._states: OrderedDict[tuple[int, int, int], FusedState] = OrderedDict()
@@ -190,11 +206,14 @@ class FusedGraphs:
     def compute_bytes(self) -> int:
         return sum(a.size_bytes for a in self._allocators.values())
 
-    def run(self, batch: Batch, forward: Callable[[list[State]], None]) -> NDArray[np.float32] | None:
+    def run(self, batch: Batch, forward: Callable[[list[State]], None],
+            features: FeatureSink | None = None) -> NDArray[np.float32] | None:
         """Compute one batch. Logits (n_outputs, vocab_size), valid until the next run, or None when none are wanted."""
         state = self._state(batch, forward)
         state.inputs.write(self._kv, batch)
         self._backend.compute(state.graph)
+        if features is not None:
+            features.take(batch, state.streams())
         if state.logits is None:
             return None
         if state.logits_array is None:

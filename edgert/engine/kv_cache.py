@@ -2,15 +2,16 @@
 
 Contract: `open(graph, batch)` gives the cache as one graph sees it; its `attend` appends the batch's K and V of a
 layer and attends over what the cache holds for every token, or for the last `hp.window` of them in a layer of
-`hp.window_layers`. `write(inputs, batch)` fills the graph's inputs before it computes. `length` tokens are valid; a
-step adds its tokens by `commit`, so an aborted step leaves nothing behind. `truncate(n)` forgets all but the first n
-tokens.
+`hp.window_layers`. `write(inputs, batch)` fills the graph's inputs before it computes, and inside
+`with lease(layer)` what attention reads of a layer is in memory. `length` tokens are valid; a step adds its tokens by
+`commit`, so an aborted step leaves nothing behind. `truncate(n)` forgets all but the first n tokens.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -32,29 +33,68 @@ KV_TYPES: dict[str, int] = {"f16": TYPE_F16, "q8_0": TYPE_Q8_0}
 # flash attention divides the cells between threads, so another figure would sum in another order.
 CELLS_PER_BUCKET = 256
 _V_ROTATION = 64
+_IN_MEMORY = nullcontext()
 
 
 class KVGraph(Protocol):
     """The cache as one graph sees it."""
 
+    arrays: list[NDArray[Any]]
+    """The inputs' memory, once it is placed; emptied when they are placed anew."""
+
     def attend(self, g: Graph, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
+
+    def inputs(self) -> list[Tensor]:
+        """Every graph input of the cache."""
+        ...
+
+    def with_inputs(self, inputs: Sequence[Tensor], k: Tensor, v: Tensor) -> KVGraph:
+        """The same view over other tensors: `inputs` in the order of `inputs()`, and one layer's K and V."""
+        ...
 
 
 class KVCache(Protocol):
     length: int
     context_length: int
 
+    @property
+    def k(self) -> Sequence[Tensor]:
+        """Each layer's keys, a row for each cell."""
+        ...
+
+    @property
+    def v(self) -> Sequence[Tensor]: ...
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the tokens take which it holds now."""
+        ...
+
     def bucket(self, batch: Batch) -> int:
         """Cells that attention reads in this batch; graphs are kept per bucket."""
         ...
 
-    def open(self, g: Context, n_tokens: int, n_cells: int) -> DenseKVGraph: ...
+    def open(self, g: Context, n_tokens: int, n_cells: int) -> KVGraph: ...
 
-    def write(self, inputs: DenseKVGraph, batch: Batch) -> None: ...
+    def write(self, inputs: Any, batch: Batch) -> None:
+        """Fill the inputs of a graph that `open` gave."""
+        ...
+
+    def lease(self, layer: int) -> AbstractContextManager[None]: ...
+
+    def check_room(self, n_tokens: int, trained_length: int | None = None) -> None:
+        """Raises ContextOverflow when `n_tokens` in all do not fit."""
+        ...
 
     def commit(self, batch: Batch) -> None: ...
 
     def truncate(self, n_tokens: int) -> None: ...
+
+    def give_back(self) -> None:
+        """Let the system have memory that no token takes."""
+        ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -68,24 +108,21 @@ class DenseKVGraph:
     window_mask: Tensor | None  # the same, for the layers of `window_layers`
     window_layers: frozenset[int]
     n_cells: int
-    head_dim: int
     k_rotation: Tensor | None
     v_rotation: Tensor | None
-    arrays: list[NDArray[Any]] = field(default_factory=list)  # the inputs' memory, once it is placed
+    arrays: list[NDArray[Any]] = field(default_factory=list)
 
     def inputs(self) -> list[Tensor]:
-        """Every graph input of the cache."""
         optional = (self.window_mask, self.k_rotation, self.v_rotation)
         return [self.cells, self.mask, *(t for t in optional if t is not None)]
 
     def with_inputs(self, inputs: Sequence[Tensor], k: Tensor, v: Tensor) -> DenseKVGraph:
-        """The same view over other tensors: `inputs` in the order of `inputs()`, and one layer's K and V."""
         cells, mask, *others = inputs
         given = iter(others)
         window_mask, k_rotation, v_rotation = (
             None if own is None else next(given) for own in (self.window_mask, self.k_rotation, self.v_rotation))
-        return DenseKVGraph([k], [v], cells, mask, window_mask, self.window_layers, self.n_cells, self.head_dim,
-                            k_rotation, v_rotation)
+        return DenseKVGraph([k], [v], cells, mask, window_mask, self.window_layers, self.n_cells, k_rotation,
+                            v_rotation)
 
     def attend(self, g: Graph, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if self.k_rotation is not None:
@@ -94,8 +131,8 @@ class DenseKVGraph:
             v = g.hadamard(self.v_rotation, v)
         for tensor in (q, v, k):
             g.expand(tensor)
-        keys = self._append(g, self.k[layer % len(self.k)], k)
-        values = self._append(g, self.v[layer % len(self.v)], v)
+        keys = append(g, self.k[layer % len(self.k)], k, self.cells, self.n_cells)
+        values = append(g, self.v[layer % len(self.v)], v, self.cells, self.n_cells)
         mask = self.window_mask if self.window_mask is not None and layer in self.window_layers else self.mask
         out = g.flash_attention(q, keys, values, mask, scale)  # (head_dim, n_heads, n_tokens)
         head_dim, n_heads, n_tokens, _ = out.ne
@@ -103,13 +140,15 @@ class DenseKVGraph:
             out = g.hadamard(self.v_rotation, g.reshape(out, head_dim * n_heads, n_tokens, 1))
         return g.reshape(out, head_dim * n_heads, n_tokens)
 
-    def _append(self, g: Graph, cache: Tensor, new: Tensor) -> Tensor:
-        """Write `new` (head_dim, n_kv_heads, n_tokens); give the first n_cells of the layer as
-        (head_dim, n_kv_heads, n_cells)."""
-        row_bytes, n_kv_heads = cache.nb[1], cache.ne[0] // self.head_dim
-        rows = g.view(new, (cache.ne[0], new.ne[2]), (new.nb[2],))
-        g.expand(g.set_rows(cache, rows, self.cells))
-        return g.view(cache, (self.head_dim, n_kv_heads, self.n_cells), (row_bytes // n_kv_heads, row_bytes))
+
+def append(g: Graph, cache: Tensor, new: Tensor, cells: Tensor, n_cells: int) -> Tensor:
+    """Write `new` (head_dim, n_kv_heads, n_tokens) to the rows `cells` of a layer's cache (kv_size, n_rows), which may
+    lie apart; give its first `n_cells` rows as (head_dim, n_kv_heads, n_cells)."""
+    head_dim, n_kv_heads, n_tokens, _ = new.ne
+    rows = g.view(new, (cache.ne[0], n_tokens), (new.nb[2],))
+    g.expand(g.set_rows(cache, rows, cells))
+    head_bytes = TENSOR_TYPES[cache.type].row_bytes(head_dim)
+    return g.view(cache, (head_dim, n_kv_heads, n_cells), (head_bytes, cache.nb[1]))
 
 
 class DenseKVCache:
@@ -124,7 +163,6 @@ class DenseKVCache:
         self.context_length = context_length
         self.length = 0
         self._backend = backend
-        self._head_dim = hp.head_dim
         self._window, self._window_layers = hp.window, hp.window_layers
         self.n_cells = -(-context_length // CELLS_PER_BUCKET) * CELLS_PER_BUCKET
         self._context = Context(2 * hp.n_layers)
@@ -160,8 +198,8 @@ class DenseKVCache:
                                   for r in (self._k_rotation, self._v_rotation))
         cells, mask = g.input("cells", TYPE_I64, (n_tokens,)), g.input("mask", TYPE_F16, (n_cells, n_tokens))
         window_mask = g.input("window_mask", TYPE_F16, (n_cells, n_tokens)) if self._window_layers else None
-        return DenseKVGraph(self.k, self.v, cells, mask, window_mask, self._window_layers, n_cells, self._head_dim,
-                            k_rotation, v_rotation)
+        return DenseKVGraph(self.k, self.v, cells, mask, window_mask, self._window_layers, n_cells, k_rotation,
+                            v_rotation)
 
     def write(self, inputs: DenseKVGraph, batch: Batch) -> None:
         """Fill the inputs: each token sees the cells up to its own, or the last of them in a window."""
@@ -176,8 +214,14 @@ class DenseKVCache:
         for array, values in zip(others, self._rotations, strict=True):
             array[:] = values
 
+    @property
+    def resident_bytes(self) -> int:
+        return self.size_bytes // self.n_cells * self.length
+
+    def lease(self, layer: int) -> AbstractContextManager[None]:
+        return _IN_MEMORY
+
     def check_room(self, n_tokens: int, trained_length: int | None = None) -> None:
-        """Raises ContextOverflow when `n_tokens` in all do not fit."""
         if n_tokens > self.context_length:
             raise ContextOverflow(n_tokens, self.context_length, trained_length)
 

@@ -46,6 +46,7 @@ _BASE: dict[str, tuple[Any, list[Any]]] = {
     "ggml_tanh": (_P, [_P, _P]),
     "ggml_sigmoid": (_P, [_P, _P]),
     "ggml_soft_max": (_P, [_P, _P]),
+    "ggml_soft_max_ext": (_P, [_P, _P, _P, _F, _F]),
     "ggml_sum_rows": (_P, [_P, _P]),
     "ggml_argsort_top_k": (_P, [_P, _P, _I]),
     "ggml_rms_norm": (_P, [_P, _P, _F]),

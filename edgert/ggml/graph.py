@@ -205,6 +205,13 @@ class Graph(Context):
         check(is_float32(a) and is_contiguous(a), "soft_max", a)
         return self._op("ggml_soft_max", a)
 
+    def masked_soft_max(self, a: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """Softmax of scale * a + mask over each row of a (n, n_rows, ...), with an f16 mask (n, n_rows)."""
+        check(is_float32(a) and is_contiguous(a) and mask.type == TYPE_F16 and is_contiguous(mask)
+              and mask.ne[0] == a.ne[0] and mask.ne[1] >= a.ne[1] and mask.ne[2] == mask.ne[3] == 1,
+              "masked_soft_max", a, mask)
+        return self._op("ggml_soft_max_ext", a, mask, scale, 0.0)
+
     def sum_rows(self, a: Tensor) -> Tensor:
         check(is_float32(a), "sum_rows", a)
         return self._op("ggml_sum_rows", a)

@@ -1,0 +1,263 @@
+"""A KV cache of which a step attends to a part: the whole text in a cold tier, a set of tokens in the hot buffer.
+
+Up to `from_tokens` it is a dense cache, with a dense cache's results. Beyond, `select` says which tokens the next step
+needs and `bring` has them in the hot buffer; what the step has shown of its attention goes into the next set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.architectures.base import Hyperparameters
+from edgert.engine.batch import Batch
+from edgert.engine.kv_cache import DenseKVCache, KVGraph
+from edgert.errors import ContextOverflow
+from edgert.ggml.backend import Backend
+from edgert.ggml.graph import Context, Tensor
+from retrieval.cold import ColdTier, DenseTier
+from retrieval.graph import Observation
+from retrieval.hot import MAX_STEP_TOKENS, HotKVCache
+from retrieval.masked import MaskedKVCache
+from retrieval.selection import Policy, Selection, Survivors, select
+from retrieval.selectors import Halves, Selector
+from retrieval.staged import LayerFile, StagedKVCache, from_records, in_blocks, record_blocks, to_records
+from retrieval.store import DiskTier
+
+Floats = NDArray[np.float32]
+Positions = NDArray[np.int64]
+# Layers whose attention is observed: the more, the better the survivors; four cost 2 % of a step.
+_N_OBSERVED = 4
+# A step that looks at everything costs a dense step: at most one of so many.
+_FULL_EVERY = 16
+
+
+def observed_layers(hp: Hyperparameters) -> frozenset[int]:
+    """A few of the layers that see everything, evenly spread."""
+    full = [layer for layer in range(hp.n_layers) if layer not in hp.window_layers]
+    n = min(_N_OBSERVED, len(full))
+    return frozenset(full[(2 * i + 1) * len(full) // (2 * n)] for i in range(n))
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of all steps that attended to a set."""
+
+    n_steps: int = 0
+    n_whole: int = 0  # steps that looked at everything
+    n_selected: int = 0
+    n_fetched: int = 0
+
+
+class RetrievedKVCache:
+    """Composes the tiers. Its seam is that of the dense part; `hot` and `whole` have seams of their own."""
+
+    def __init__(self, backend: Backend, hp: Hyperparameters, dense: DenseKVCache, selector: Selector, policy: Policy,
+                 from_tokens: int, *, context_length: int | None = None, disk: DiskTier | None = None) -> None:
+        """Without `disk`, the dense cache holds the whole context and is the cold tier. With it, the dense cache holds
+        `from_tokens`, and is given back when the text becomes longer."""
+        n_slots = max(policy.budget, policy.most) + MAX_STEP_TOKENS
+        observed = observed_layers(hp) | selector.key_layers
+        self.context_length = context_length or dense.context_length
+        self.from_tokens = max(from_tokens, policy.budget)
+        if self.from_tokens > dense.context_length and disk is not None:
+            raise AssertionError(f"{self.from_tokens} tokens stay in memory, which holds {dense.context_length}")
+        self.selector, self.policy, self.counts = selector, policy, Counts()
+        self.dense, self.disk, self._backend, self._hp = dense, disk, backend, hp
+        self._near = DenseTier(dense)
+        self.whole = MaskedKVCache(dense, hp, observed) if disk is None else None
+        self.hot = HotKVCache(backend, hp, self.context_length, n_slots, observed)
+        self.cold: ColdTier = self._near if disk is None else disk
+        self.length = 0
+        self._survivors: Survivors | None = None
+        self._last: Selection | None = None
+        self._n_since_whole = _FULL_EVERY
+
+    # -- choosing ------------------------------------------------------------------------------------------------
+    def select(self, batch: Batch) -> Selection | None:
+        """The set for this step; None where it should look at everything."""
+        scores = self.selector.scores(batch.start)
+        self._n_since_whole += 1
+        if scores is None and self.whole is not None:
+            return None
+        chosen = select(np.zeros(batch.start, np.float32) if scores is None else scores, self._survivors, self.policy)
+        looks_around = self.whole is not None and not chosen.is_sure and self._n_since_whole >= _FULL_EVERY
+        return None if looks_around else chosen
+
+    def bring(self, chosen: Selection, batch: Batch) -> None:
+        """Have the set in the hot buffer, by exchanging what differs from the one before."""
+        self._spill(batch.start)
+        assignment = self.hot.prepare(chosen.positions, batch)
+        try:
+            self.cold.fetch(self.hot.records, assignment.missing_slots, assignment.missing)
+        except BaseException:
+            self.hot.slots.drop(assignment.missing)
+            raise
+        in_window = self.hot.missing_in_ring(batch.start)
+        if self.hot.ring is not None and len(in_window):
+            self.cold.fetch(self.hot.ring, in_window % self.hot.ring.n_rows, in_window)
+            self.hot.fill_ring(in_window)
+        self._last = chosen
+        self.counts.n_fetched += len(assignment.missing)
+
+    def commit_step(self, batch: Batch, chosen: Selection | None) -> None:
+        """The step was computed, over the hot buffer or, without a set, over everything."""
+        if chosen is None:
+            assert self.whole is not None  # `select` gave no set
+            self.commit(batch)
+            self._observed(np.arange(batch.end, dtype=np.int64), np.arange(batch.end), self.whole.observations(), batch)
+            self._n_since_whole = 0
+            self.counts.n_whole += 1
+            return
+        new = np.arange(batch.start, batch.end, dtype=np.int64)
+        self.cold.keep(self.hot.records, self.hot.slots.where(new), new)
+        if self.hot.ring is not None:
+            self.cold.keep(self.hot.ring, new % self.hot.ring.n_rows, new)
+        self.hot.commit(batch)
+        if self.disk is None:
+            self.dense.commit(batch)
+        self._show_keys(new, self.hot.slots.where(new))
+        self.length = batch.end
+        positions = np.concatenate([chosen.positions, new])
+        self._observed(positions, self.hot.slots.where(positions), self.hot.observations(), batch)
+        self.counts.n_steps += 1
+        self.counts.n_selected += len(chosen.positions)
+
+    def _observed(self, positions: Positions, cells: Positions, observations: Sequence[Observation],
+                  batch: Batch) -> None:
+        """Who got attention survives; where nothing was observed, what was selected does, all alike."""
+        if observations:
+            attention = np.mean([one.attention.mean(0) + one.attention.max(0) for one in observations], axis=0)[cells]
+            self.selector.saw(batch.end - 1, observations)
+        else:
+            attention = np.ones(len(positions), np.float32)
+        n_most = 2 * self.policy.budget
+        if len(positions) > n_most:
+            best = np.sort(np.argpartition(attention, len(attention) - n_most)[-n_most:])
+            positions, attention = positions[best], attention[best]
+        self._survivors = Survivors(positions, attention.astype(np.float32))
+
+    def _show_keys(self, positions: Positions, rows: Positions) -> None:
+        """A selector sees the keys of new tokens, which lie in these rows of the hot buffer."""
+        values, layers = self.hot.records.values(), self.hot.records.shape.layers
+        self.show_keys(int(positions[0]), {layer: values[rows, layers.index(layer), 0]
+                                           for layer in self.selector.key_layers})
+
+    def show_keys(self, start: int, keys: dict[int, Halves]) -> None:
+        """A selector sees the keys (n, kv_size) of tokens from `start` on, of some of its layers."""
+        if keys:
+            self.selector.add_keys(start, {layer: rows.reshape(len(rows), -1, self._hp.head_dim)
+                                           for layer, rows in keys.items()})
+
+    # -- between the tiers ---------------------------------------------------------------------------------------
+    def _spill(self, end: int) -> None:
+        """Keep in the cold tier what only the dense cache holds, and give its memory back."""
+        if self.cold.n_tokens > end:
+            self.cold.truncate(end)  # a step that was stopped after its token was kept
+        if self.disk is None or self.cold.n_tokens == end:
+            return
+        start = self.cold.n_tokens
+        with record_blocks(self._backend, self._hp) as blocks:
+            for records, first, n in in_blocks(blocks, start, end):
+                self._near.fetch(records, np.arange(n, dtype=np.int64), np.arange(first, first + n, dtype=np.int64))
+                self.cold.write_through(records, first, n)
+        self.dense.truncate(0)
+        self.dense.give_back()
+
+    def gather(self, end: int) -> None:
+        """Have the first `end` tokens in the dense cache, which has room for them."""
+        start = self.dense.length
+        if start >= end:
+            return
+        with record_blocks(self._backend, self._hp) as blocks:
+            for records, first, n in in_blocks(blocks, start, end):
+                rows, positions = np.arange(n, dtype=np.int64), np.arange(first, first + n, dtype=np.int64)
+                self.cold.fetch(records, rows, positions)
+                self._near.keep(records, rows, positions)
+        self.dense.length = end
+
+    @contextmanager
+    def staging(self, directory: Path, start: int, end: int) -> Iterator[StagedKVCache]:
+        """A cache for a prompt from `start` to `end`, one layer at a time. Its tokens are kept once the block ends."""
+        assert self.disk is not None
+        self._spill(start)
+        file = LayerFile(directory, self._hp, end)
+        with record_blocks(self._backend, self._hp) as blocks, closing(file):
+            from_records(file, self.cold, blocks, start)
+            with closing(StagedKVCache(self._backend, self._hp, end, file, self._staged_keys)) as staged:
+                yield staged
+            to_records(file, self.cold, blocks, start, end)
+        self.length = end
+
+    def _staged_keys(self, layer: int, start: int, keys: Halves) -> None:
+        if layer in self.selector.key_layers:
+            self.show_keys(start, {layer: keys})
+
+    # -- features ------------------------------------------------------------------------------------------------
+    @property
+    def feature_layers(self) -> frozenset[int]:
+        return self.selector.feature_layers or frozenset()
+
+    def take(self, batch: Batch, streams: Sequence[Floats]) -> None:
+        self.selector.add_features(batch.start, streams)
+
+    # -- the seam ------------------------------------------------------------------------------------------------
+    @property
+    def k(self) -> Sequence[Tensor]:
+        return self.dense.k
+
+    @property
+    def v(self) -> Sequence[Tensor]:
+        return self.dense.v
+
+    @property
+    def resident_bytes(self) -> int:
+        cold_bytes = 0 if self.disk is None else self.disk.resident_bytes
+        return self.dense.resident_bytes + cold_bytes + self.hot.resident_bytes + self.selector.resident_bytes
+
+    def bucket(self, batch: Batch) -> int:
+        return self.dense.bucket(batch)
+
+    def open(self, g: Context, n_tokens: int, n_cells: int) -> KVGraph:
+        return self.dense.open(g, n_tokens, n_cells)
+
+    def write(self, inputs: Any, batch: Batch) -> None:
+        self.dense.write(inputs, batch)
+
+    def lease(self, layer: int) -> AbstractContextManager[None]:
+        return self.dense.lease(layer)
+
+    def check_room(self, n_tokens: int, trained_length: int | None = None) -> None:
+        if n_tokens > self.context_length:
+            raise ContextOverflow(n_tokens, self.context_length, trained_length)
+
+    def commit(self, batch: Batch) -> None:
+        """A dense pass over the last of several batches has ended."""
+        start = self.dense.length
+        self.dense.commit(batch)
+        self.length = batch.end
+        self.show_keys(start, {layer: self._near.keys(layer, start, batch.end) for layer in self.selector.key_layers})
+
+    def truncate(self, n_tokens: int) -> None:
+        if n_tokens < self.length:
+            self.hot.truncate(n_tokens)
+            self.cold.truncate(n_tokens)
+            if self._survivors is not None:
+                kept = self._survivors.positions < n_tokens
+                self._survivors = Survivors(self._survivors.positions[kept], self._survivors.attention[kept])
+        self.dense.truncate(n_tokens)
+        self.length = min(self.length, n_tokens)
+
+    def give_back(self) -> None:
+        self.dense.give_back()
+
+    def close(self) -> None:
+        self.cold.close()
+        self.hot.close()
+        self.dense.close()

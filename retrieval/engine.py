@@ -1,0 +1,155 @@
+"""The engine with a cache of which steps attend to a part.
+
+Prompts are attended densely, and a short text is computed as by any engine. A step over a long one first chooses its
+tokens, has them in the hot buffer, and computes over that; where the choice is not to be trusted, over everything.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.architectures.base import Architecture
+from edgert.engine.batch import Batch
+from edgert.engine.blockwise import BlockwiseGraphs
+from edgert.engine.engine import Engine, forward
+from edgert.engine.fused import FusedGraphs, State
+from edgert.engine.kv_cache import KVCache
+from edgert.engine.trace import OFF, Trace
+from edgert.engine.weights import WeightSource
+from edgert.errors import KVStoreError
+from edgert.ggml.backend import Backend
+from retrieval.cache import RetrievedKVCache
+from retrieval.hot import MAX_STEP_TOKENS
+
+Logits = NDArray[np.float32]
+# Tokens of a prompt that pass the layers together: their hidden states and features wait in memory, 19 MB each for
+# SmolLM2-135M, and every further thousand tokens reads the layers' keys and values before them again.
+_STAGED_TOKENS = 2048
+_log = logging.getLogger(__name__)
+
+
+class RetrievalEngine(Engine):
+    def __init__(self, arch: Architecture, weights: WeightSource, kv: RetrievedKVCache, backend: Backend, *,
+                 store: Path = Path(), batch_size: int = 512, fused: bool | None = None,
+                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF,
+                 between_steps: Callable[[int], None] = lambda n_tokens: None) -> None:
+        features = kv if kv.selector.feature_layers is not None else None
+        super().__init__(arch, weights, kv, backend, batch_size=batch_size, fused=fused, graphs=graphs, trace=trace,
+                         features=features, between_steps=between_steps)
+        self._retrieved, self._store = kv, store  # the directory of files that prompts need
+        kind = FusedGraphs if isinstance(self._graphs, FusedGraphs) else BlockwiseGraphs
+        self._hot_graphs = kind(backend, arch, kv.hot)
+        self._whole_graphs = kind(backend, arch, kv.whole or kv.hot)
+        self._token_ids: list[int] = []
+
+    @property
+    def compute_bytes(self) -> int:
+        return super().compute_bytes + self._hot_graphs.compute_bytes + self._whole_graphs.compute_bytes
+
+    def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> Logits:
+        """As any engine's. Where what the disk holds of the text turns out damaged, the text is computed anew."""
+        del self._token_ids[self.kv.length:]
+        try:
+            logits = super().step(token_ids, n_outputs)
+        except KVStoreError as error:
+            before = self._token_ids[:]
+            _log.warning("%s; %d tokens are computed anew", error.message, len(before))
+            self.kv.truncate(0)
+            if before:
+                super().step(np.array(before, np.int32))
+            logits = super().step(token_ids, n_outputs)
+        self._token_ids += token_ids.tolist()
+        return logits
+
+    def _run(self, batches: list[Batch]) -> Logits | None:
+        kv, start, end = self._retrieved, batches[0].start, batches[-1].end
+        if end <= kv.from_tokens:
+            kv.gather(start)
+            return super()._run(batches)
+        if len(batches) == 1 and batches[0].n_tokens <= MAX_STEP_TOKENS:
+            return self._attend_to_a_set(batches[0])
+        if kv.disk is not None:
+            return self._prefill_by_layer(batches)
+        *before, last = _last_token_apart(batches)
+        super()._run(before)
+        return self._look_at_everything(last)
+
+    def _prefill_by_layer(self, batches: list[Batch]) -> Logits | None:
+        """A prompt, some thousand tokens after the other, with one layer's keys and values in memory."""
+        kv, start, end = self._retrieved, batches[0].start, batches[-1].end
+        logits: Logits | None = None
+        with kv.staging(self._store, start, end) as staged:
+            graphs = BlockwiseGraphs(self.backend, self.arch, staged)
+            try:
+                for some in _at_once(batches, _STAGED_TOKENS if self.weights.resident else end):
+                    staged.start, staged.end = some[0].start, some[-1].end
+                    with self._trace.span(f"prefill {staged.end - staged.start} layer by layer", "compute"):
+                        logits = self._pass(some, graphs, staged)
+                if logits is not None:
+                    logits = logits.copy()  # the graphs go
+            finally:
+                graphs.close()
+        return logits
+
+    def _attend_to_a_set(self, batch: Batch) -> Logits:
+        kv = self._retrieved
+        with self._trace.span("select", "compute"):
+            chosen = kv.select(batch)
+        if chosen is None:
+            return self._look_at_everything(batch)
+        with self._trace.span("fetch", "wait"):
+            kv.bring(chosen, batch)
+        with self._trace.span(f"step over {len(chosen.positions)}", "compute"):
+            logits = self._pass([batch], self._hot_graphs, kv.hot)
+        assert logits is not None  # a step's last token is always wanted
+        kv.commit_step(batch, chosen)
+        self._trace.count("retrieval", selected=len(chosen.positions), fetched=kv.counts.n_fetched)
+        return logits
+
+    def _look_at_everything(self, batch: Batch) -> Logits | None:
+        kv = self._retrieved
+        assert kv.whole is not None  # `select` gives no set only then
+        with self._trace.span(f"step over everything {batch.n_tokens}", "compute"):
+            logits = self._pass([batch], self._whole_graphs, kv.whole)
+        kv.commit_step(batch, None)
+        return logits
+
+    def _pass(self, batches: list[Batch], graphs: FusedGraphs | BlockwiseGraphs, kv: KVCache) -> Logits | None:
+        def through(states: Sequence[State]) -> None:
+            forward(states, self.arch, self.weights, kv, self.collective, self._features)
+
+        if isinstance(graphs, BlockwiseGraphs):
+            return graphs.run(graphs.in_parts(batches), through, self._features)
+        return graphs.run(batches[0], through, self._features)
+
+    def close(self) -> None:
+        self._hot_graphs.close()
+        self._whole_graphs.close()
+        super().close()
+
+
+def _at_once(batches: list[Batch], n_tokens: int) -> Iterator[list[Batch]]:
+    """Whole batches, so many tokens or one batch at a time."""
+    some: list[Batch] = []
+    for batch in batches:
+        if some and batch.end - some[0].start > n_tokens:
+            yield some
+            some = []
+        some.append(batch)
+    yield some
+
+
+def _last_token_apart(batches: list[Batch]) -> list[Batch]:
+    """A prompt's last token is a step of its own, whose attention is observed: it says where the answer begins to
+    look. Wanted logits stay together."""
+    *before, last = batches
+    n_last = max(1, last.n_outputs)
+    if n_last == last.n_tokens:
+        return batches
+    cut = last.n_tokens - n_last
+    return [*before, Batch(last.token_ids[:cut], last.start, 0), Batch(last.token_ids[cut:], last.start + cut, n_last)]

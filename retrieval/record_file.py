@@ -1,0 +1,157 @@
+"""Records in a file, one for each token in order, past the page cache where the system lets us.
+
+A checksum for each record is kept in memory (and on disk by retrieval/sessions.py): what is read is what was written,
+or an error. A token's record is one read; neighbours are one request. Knows no layers and no selection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.errors import KVStoreError, NoSpace
+from retrieval.records import Bytes
+
+Positions = NDArray[np.int64]
+Checksums = NDArray[np.uint32]
+# Buffers of one request: Linux takes 1024, and a run that long is no random access.
+_MAX_RUN = 256
+_SECTOR_BYTES = 512
+_log = logging.getLogger(__name__)
+
+
+class RecordFile:
+    """`n_records` of `stride_bytes` each. Reads may come from several threads; writes from one, and not of what is
+    being read."""
+
+    def __init__(self, path: Path, stride_bytes: int, n_records: int) -> None:
+        self.path, self.stride_bytes, self.n_records = path, stride_bytes, n_records
+        self.checksums: Checksums = np.zeros(n_records, np.uint32)
+        self.read_bytes = self.n_reads = 0
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self.is_direct = hasattr(os, "O_DIRECT")
+        try:
+            self._fd = self._open(flags | getattr(os, "O_DIRECT", 0))
+            if self.is_direct and not self._probe():
+                os.close(self._fd)
+                self.is_direct = False
+                self._fd = self._open(flags)
+        except OSError as error:
+            raise KVStoreError(str(path), f"cannot be opened: {error.strerror}", "Name another --kv-store.") from error
+        _log.info("%s is read %s", path, "past the page cache" if self.is_direct else "through the page cache")
+
+    @classmethod
+    def temporary(cls, directory: Path, stride_bytes: int, n_records: int) -> RecordFile:
+        """A file without a name: it goes with the process, however that ends. Raises NoSpace."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            free_bytes = shutil.disk_usage(directory).free
+            fd, name = tempfile.mkstemp(".kv", dir=directory)
+        except OSError as error:
+            raise KVStoreError(str(directory), f"cannot be written to: {error.strerror}",
+                               "Name another --kv-store.") from error
+        os.close(fd)
+        try:
+            if free_bytes < n_records * stride_bytes:
+                raise NoSpace(str(directory), n_records * stride_bytes, free_bytes)
+            return cls(Path(name), stride_bytes, n_records)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def _open(self, flags: int) -> int:
+        try:
+            return os.open(self.path, flags, 0o600)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self.is_direct:
+                raise
+            self.is_direct = False  # the file system knows no O_DIRECT
+            return os.open(self.path, flags & ~getattr(os, "O_DIRECT", 0), 0o600)
+
+    def _probe(self) -> bool:
+        """Whether direct requests in steps of a sector are taken, as records lie."""
+        memory = np.zeros(3 * 4096, np.uint8)
+        start = -memory.ctypes.data % 4096 + _SECTOR_BYTES
+        try:
+            os.preadv(self._fd, [memory[start:start + _SECTOR_BYTES]], _SECTOR_BYTES)
+        except OSError:
+            return False
+        return True
+
+    # -- writing -------------------------------------------------------------------------------------------------
+    def write(self, start: int, rows: Sequence[Bytes]) -> None:
+        """Records from `start` on, each (stride_bytes,) at a multiple of a sector. Raises KVStoreError, NoSpace."""
+        for first in range(0, len(rows), _MAX_RUN):
+            part = rows[first:first + _MAX_RUN]
+            self._write_run(start + first, part)
+            for position, row in enumerate(part, start + first):
+                self.checksums[position] = checksum(row, position)
+
+    def _write_run(self, start: int, rows: Sequence[Bytes]) -> None:
+        offset, wanted = start * self.stride_bytes, len(rows) * self.stride_bytes
+        try:
+            written = os.pwritev(self._fd, rows, offset)
+            if written < wanted:  # a full disk takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free_bytes = os.fstatvfs(self._fd).f_bavail * os.fstatvfs(self._fd).f_frsize
+                raise NoSpace(str(self.path.parent), wanted, free_bytes) from error
+            raise KVStoreError(str(self.path), f"writing failed: {error.strerror}") from error
+        self._forget_cached(offset, wanted)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+    def read(self, positions: Positions, rows: Sequence[Bytes]) -> None:
+        """The records at `positions` (rising) into `rows`, and each compared with its checksum. Raises KVStoreError."""
+        breaks = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
+        for start, end in pairwise(breaks):
+            for first in range(start, end, _MAX_RUN):
+                last = min(first + _MAX_RUN, end)
+                self._read_run(int(positions[first]), rows[first:last])
+        for position, row in zip(positions.tolist(), rows, strict=True):
+            if checksum(row, position) != self.checksums[position]:
+                raise KVStoreError(str(self.path), f"the keys and values of token {position} are damaged")
+
+    def _read_run(self, start: int, rows: Sequence[Bytes]) -> None:
+        offset, wanted = start * self.stride_bytes, len(rows) * self.stride_bytes
+        try:
+            n = os.preadv(self._fd, rows, offset)
+        except OSError as error:
+            raise KVStoreError(str(self.path), f"reading failed: {error.strerror}") from error
+        if n != wanted:
+            raise KVStoreError(str(self.path), "the file has become shorter while it was in use")
+        self._forget_cached(offset, wanted)
+        self.read_bytes += n
+        self.n_reads += 1
+
+    def _forget_cached(self, offset: int, n_bytes: int) -> None:
+        if not self.is_direct:
+            with contextlib.suppress(OSError, AttributeError):
+                os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+
+    def sync(self) -> None:
+        """What was written is on the disk when this returns. Raises KVStoreError."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise KVStoreError(str(self.path), f"writing failed: {error.strerror}") from error
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def checksum(record: Bytes, position: int) -> int:
+    """CRC-32 of a record, begun with its position: one that lies in another's place is damaged too. 4 us for 23 KiB."""
+    return zlib.crc32(record, position)

@@ -1,0 +1,97 @@
+"""Opens engines whose steps attend to a set of tokens, over tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgert.architectures.base import Hyperparameters
+from edgert.architectures.registry import open_architecture
+from edgert.engine.engine import Engine
+from edgert.engine.kv_cache import DenseKVCache
+from edgert.engine.layouts import Layouts
+from edgert.engine.resident import ResidentWeights
+from edgert.engine.retrieval_head import Floats, Positions
+from edgert.ggml.backend import Backend
+from edgert.gguf.model_file import ModelFile
+from retrieval.cache import RetrievedKVCache, observed_layers
+from retrieval.engine import RetrievalEngine
+from retrieval.selection import Policy
+from retrieval.selectors import HeadSelector, PageSelector, Selector
+from retrieval.store import DiskTier, temporary_files
+
+FROM_TOKENS = 200
+
+
+class RandomHead:
+    """A head of random projections, which no text has taught anything: it chooses something, and always the same."""
+
+    feature_layers, dim, n_groups = (0,), 16, 1
+
+    def __init__(self, hidden_size: int) -> None:
+        rng = np.random.default_rng(7)
+        self._q, self._k = (rng.standard_normal((2 * hidden_size, self.dim), dtype=np.float32) / 8 for _ in range(2))
+
+    def project_queries(self, features: Floats, positions: Positions) -> Floats:
+        return (features @ self._q)[:, None]
+
+    def project_keys(self, features: Floats, positions: Positions) -> Floats:
+        return (features @ self._k)[:, None]
+
+    def scores(self, query: Floats, keys: Floats) -> Floats:
+        return keys @ query
+
+
+def head_selector(hp: Hyperparameters, context_length: int) -> Selector:
+    return HeadSelector(RandomHead(hp.hidden_size), context_length)
+
+
+def page_selector(hp: Hyperparameters, context_length: int) -> Selector:
+    return PageSelector(observed_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)
+
+
+@contextmanager
+def open_dense(path: Path, context_length: int = 1024, **options: Any) -> Iterator[Engine]:
+    file = ModelFile.open(path)
+    arch, backend = open_architecture(file), Backend(1)
+    engine = Engine(arch, ResidentWeights(backend, file, arch, Layouts({"prefill": frozenset(), "decode": frozenset()})),
+                    DenseKVCache(backend, arch.hp, context_length), backend, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextmanager
+def open_retrieving(path: Path, store: Path | None = None, *, policy: Policy | None = None,
+                    selector: Any = head_selector, context_length: int = 1024, from_tokens: int = FROM_TOKENS,
+                    **options: Any) -> Iterator[RetrievalEngine]:
+    """With `store`, the cold tier is on disk."""
+    file = ModelFile.open(path)
+    arch, backend = open_architecture(file), Backend(1)
+    policy = policy or Policy(96, 128, n_recent=16)
+    disk = None if store is None else DiskTier(backend, arch.hp, context_length, temporary_files(store))
+    dense = DenseKVCache(backend, arch.hp, context_length if store is None else from_tokens)
+    kv = RetrievedKVCache(backend, arch.hp, dense, selector(arch.hp, context_length), policy, from_tokens,
+                          context_length=context_length, disk=disk)
+    weights = ResidentWeights(backend, file, arch, Layouts({"prefill": frozenset(), "decode": frozenset()}))
+    engine = RetrievalEngine(arch, weights, kv, backend, store=store or Path(), **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def answer(engine: Engine, prompt: list[int], n_tokens: int) -> Floats:
+    """Logits (n_tokens + 1, vocab_size) after the prompt and after each token of a fixed text."""
+    rows = [engine.step(np.array(prompt, np.int32))[0].copy()]
+    rows += [engine.step(np.array([(7 * i + 3) % 250], np.int32))[0].copy() for i in range(n_tokens)]
+    return np.stack(rows)
+
+
+def random_tokens(n_tokens: int, seed: int = 0) -> list[int]:
+    return [int(one) for one in np.random.default_rng(seed).integers(0, 300, n_tokens)]
