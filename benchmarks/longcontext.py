@@ -1,4 +1,4 @@
-"""How faithful a small set of cached tokens is to all of them: retrieval, its peers, an oracle and chance, side by side.
+"""How faithful a small set of cached tokens is to all of them: retrieval, its peers, an oracle, chance, side by side.
 
     python benchmarks/longcontext.py MODEL.gguf [--head DIR] [--context 4096] [--budgets 128 256 512]
         [--tasks prose code perplexity needle1 needle4 needle8 values queries turns variables passkey copy]
@@ -6,8 +6,9 @@
 
 Every item is prefilled once, with full attention; then each method runs the same steps from that snapshot, one token
 at a time, attending to as many cached tokens as the budget says. Questions and answers are steps, so no method sees
-them before. Teacher-forced: KL and top-1 are against full attention's own logits; `answer` is the share of answer tokens
-that a method's best logit gives; `recall` is the share of the answer's tokens in the context that are in the set.
+them before. Teacher-forced: KL and top-1 are against full attention's own logits; `answer` is the share of answer
+tokens that a method's best logit gives; `recall` is the share of the answer's tokens in the context that are in the
+set.
 Everything but attention is edgert's graphs over the file's weights (bfloat16 where the processor is faster with it);
 means with 95 % intervals over items. A cell where full attention fails says nothing about a method.
 """
@@ -19,10 +20,11 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 from longcontext_items import Encode, Item, Texts, fidelity, needle, repository_copy, variables
@@ -33,6 +35,8 @@ from edgert.engine.retrieval_head import RetrievalHead
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.text.tokenizer import Tokenizer
+from retrieval.cache import observed_layers
+from retrieval.distillation.text import Document
 from retrieval.selection import Policy
 
 _METHODS = ("full", "oracle", "ours", "head", "quest", "snapkv", "streaming", "reuse", "chance")
@@ -51,24 +55,28 @@ class Outcome:
     recall: float
 
 
-def items_of(task: str, texts: Texts, encode: Encode, n_tokens: int, seed: int, n_items: int) -> Iterator[Item]:
-    """The items of a task, the same for the same seed."""
-    for index in range(n_items):
-        rng = Random(f"{task}/{seed}/{index}")
-        prose, code = texts.prose, texts.code
-        makers: dict[str, Callable[[], Item]] = {
-            "prose": lambda: fidelity(prose, encode, rng, n_tokens, _N_FIDELITY_STEPS, task),
-            "code": lambda: fidelity(code, encode, rng, n_tokens, _N_FIDELITY_STEPS, task),
-            "perplexity": lambda: fidelity((prose, code)[index % 2], encode, rng, n_tokens, _N_PERPLEXITY_STEPS, task),
-            **{f"needle{n}": lambda n=n: needle(prose, encode, rng, n_tokens, n, kind=task)  # type: ignore[misc]
-               for n in (1, 4, 8)},
-            "values": lambda: needle(prose, encode, rng, n_tokens, 4, n_values=4, kind=task),
-            "queries": lambda: needle(prose, encode, rng, n_tokens, 4, n_queries=4, kind=task),
-            "turns": lambda: needle(prose, encode, rng, n_tokens, 4, n_queries=2, last_only=True, kind=task),
-            "variables": lambda: variables(prose, encode, rng, n_tokens),
-            "passkey": lambda: needle(prose, encode, rng, n_tokens, depth=_DEPTHS[index % len(_DEPTHS)], kind=task),
-            "copy": lambda: repository_copy(code, encode, rng, n_tokens)}
-        yield makers[task]()
+def item_of(task: str, texts: Texts, encode: Encode, n_tokens: int, seed: int, index: int) -> Item:
+    """One item of a task, the same for the same seed and index."""
+    rng, prose, code = Random(f"{task}/{seed}/{index}"), texts.prose, texts.code
+
+    def facts(**options: Any) -> Item:
+        return needle(prose, encode, rng, n_tokens, kind=task, **options)
+
+    def going_on(documents: list[Document], n_steps: int = _N_FIDELITY_STEPS) -> Item:
+        return fidelity(documents, encode, rng, n_tokens, n_steps, task)
+
+    makers: dict[str, Callable[[], Item]] = {
+        "prose": lambda: going_on(prose), "code": lambda: going_on(code),
+        "perplexity": lambda: going_on((prose, code)[index % 2], _N_PERPLEXITY_STEPS),
+        "needle1": facts, "needle4": lambda: facts(n_keys=4), "needle8": lambda: facts(n_keys=8),
+        "values": lambda: facts(n_keys=4, n_values=4), "queries": lambda: facts(n_keys=4, n_queries=4),
+        "turns": lambda: facts(n_keys=4, n_queries=2, last_only=True),
+        "variables": lambda: variables(prose, encode, rng, n_tokens),
+        "passkey": lambda: facts(depth=_DEPTHS[index % len(_DEPTHS)]),
+        "copy": lambda: repository_copy(code, encode, rng, n_tokens)}
+    if task not in makers:
+        raise SystemExit(f"no task {task}: there are {', '.join(makers)}")
+    return makers[task]()
 
 
 def judge(item: Item, logits: Floats, full_logits: Floats, selector: Selector) -> Outcome:
@@ -92,14 +100,15 @@ def _log_softmax(logits: Floats) -> Floats:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float32)
 
 
-def selectors_of(methods: Sequence[str], budget: int, full: Full, head: RetrievalHead | None) -> dict[str, Selector]:
+def selectors_of(methods: Sequence[str], budget: int, full: Full, head: RetrievalHead | None,
+                 observed: frozenset[int]) -> dict[str, Selector]:
     """The methods at one budget. Those that need a head are left out where there is none."""
     made: dict[str, Callable[[], Selector]] = {
         "oracle": lambda: Oracle(budget, full), "quest": lambda: Quest(budget), "snapkv": lambda: SnapKV(budget),
         "streaming": lambda: Streaming(budget), "reuse": lambda: Reuse(budget, full), "chance": lambda: Chance(budget)}
     if head is not None:
-        made["ours"] = lambda: Ours(Policy(budget), head)
-        made["head"] = lambda: Ours(Policy(budget, survivor_share=0.0), head)
+        made["ours"] = lambda: Ours(Policy(budget), head, observed)
+        made["head"] = lambda: Ours(Policy(budget, survivor_share=0.0), head, observed)
     return {name: made[name]() for name in methods if name in made}
 
 
@@ -110,7 +119,7 @@ def compare(model: SparseModel, item: Item, methods: Sequence[str], budgets: Seq
     logits = model.run(snapshot, item.steps, full)
     outcomes = {("full", 0): judge(item, logits, logits, full)}
     for budget in budgets:
-        for name, selector in selectors_of(methods, budget, full, head).items():
+        for name, selector in selectors_of(methods, budget, full, head, observed_layers(model.arch.hp)).items():
             outcomes[name, budget] = judge(item, model.run(snapshot, item.steps, selector), logits, selector)
     return outcomes
 
@@ -158,7 +167,8 @@ def main() -> None:
         cells: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
         for seed in range(args.seeds):
             texts = Texts.of(args.text, seed) if args.text else Texts.installed(seed)
-            for item in items_of(task, texts, encode, args.context, seed, max(1, args.items // args.seeds)):
+            for index in range(max(1, args.items // args.seeds)):
+                item = item_of(task, texts, encode, args.context, seed, index)
                 for cell, outcome in compare(model, item, args.methods, args.budgets, head).items():
                     cells[cell].append(outcome)
                 print(".", end="", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from retrieval.distillation.text import Document, documents
 
 Encode = Callable[[str], list[int]]
-_KEYS = ("harbour meadow lantern glacier orchard falcon copper velvet thunder walnut saffron canyon mustard pebble "
-         "whisper anchorage juniper marble ribbon tundra").split()
+_KEYS = (
+    "harbour", "meadow", "lantern", "glacier", "orchard", "falcon", "copper", "velvet", "thunder", "walnut",
+    "saffron", "canyon", "mustard", "pebble", "whisper", "anchorage", "juniper", "marble", "ribbon", "tundra")
 _KINDS = ("archive", "vault", "beacon", "garden", "station", "library")
 
 
@@ -90,8 +92,8 @@ class Fact:
 def _fact(rng: Random, key: str, kind: str) -> Fact:
     value = str(rng.randint(10**6, 10**7 - 1))
     return Fact(f"\nOne of the special magic numbers for the {key} {kind} is:", f" {value}",
-                f"\nWhat is the special magic number for the {key} {kind} mentioned in the text? The special magic number "
-                f"for the {key} {kind} mentioned in the text is:")
+                f"\nWhat is the special magic number for the {key} {kind} mentioned in the text? The special magic "
+                f"number for the {key} {kind} mentioned in the text is:")
 
 
 def needle(texts: list[Document], encode: Encode, rng: Random, n_tokens: int, n_keys: int = 1, n_values: int = 1,
@@ -116,7 +118,7 @@ def variables(texts: list[Document], encode: Encode, rng: Random, n_tokens: int,
     names = [f"VAR_{''.join(rng.sample('ABCDEFGHJKLMNPQRSTUVWXYZ', 4))}" for _ in range(n_hops + 1)]
     value = str(rng.randint(10**4, 10**5 - 1))
     lines = [Fact(f"\nVAR {names[0]} =", f" {value}", "")]
-    lines += [Fact(f"\nVAR {b} =", f" {a}", "") for a, b in zip(names, names[1:], strict=False)]
+    lines += [Fact(f"\nVAR {b} =", f" {a}", "") for a, b in pairwise(names)]
     depths = sorted(rng.random() for _ in lines)
     placed = [(depth, index, line) for index, (depth, line) in enumerate(zip(depths, lines, strict=True))]
     question = f"\nQuestion: what is the value of VAR {names[-1]}? Answer: the value of VAR {names[-1]} is"

@@ -19,7 +19,6 @@ from edgert.architectures.base import Architecture
 from edgert.engine.batch import Batch
 from edgert.engine.collective import Solo
 from edgert.engine.engine import forward
-from edgert.engine.fused import FusedState
 from edgert.engine.retrieval_head import features_of
 from edgert.ggml.backend import Allocator, Backend
 from edgert.ggml.functions import ggml
@@ -49,7 +48,8 @@ class Selector(Protocol):
     def start(self, snapshot: Snapshot) -> None: ...
 
     def before(self, n_cached: int, token_features: Floats) -> None:
-        """A step is about to read the token after `n_cached` others, whose features (n_cached, n_features) are known."""
+        """A step is about to read the token after `n_cached` others, whose features (n_cached, n_features) are
+        known."""
         ...
 
     def choose(self, layer: int, queries: Floats, n_cached: int) -> Positions | None:

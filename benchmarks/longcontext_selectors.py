@@ -6,8 +6,6 @@ Peers are re-implemented from their papers' rules, at the granularity and per th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 from longcontext_model import Floats, Positions, Selector, Snapshot
 
@@ -122,19 +120,21 @@ class Reuse(OneSet):
 
 
 class Ours(OneSet):
-    """The retrieval head, and survivors of the step before by the attention that was observed on the set."""
+    """The retrieval head, and survivors of the step before by the attention that was observed on the set: as
+    retrieval/cache.py does it, which looks at the same layers and at everything in the prompt's last step."""
 
-    def __init__(self, policy: Policy, head: RetrievalHead) -> None:
+    def __init__(self, policy: Policy, head: RetrievalHead, observed: frozenset[int]) -> None:
         super().__init__(policy.budget)
-        self._policy, self._head = policy, head
-        self.grown: list[int] = []
+        self._policy, self._head, self._observed = policy, head, observed
 
     def start(self, snapshot: Snapshot) -> None:
         super().start(snapshot)
         n = snapshot.n_tokens
         self._keys = np.zeros((len(snapshot.features), self._head.dim), np.float32)
         self._keys[:n] = self._head.project_keys(snapshot.features[:n], np.arange(n))[:, 0]
-        self._n_keys, self._survivors, self._attention = n, None, np.zeros(0, np.float32)
+        self._n_keys, self._attention = n, np.zeros(n, np.float32)
+        for layer in self._observed:
+            self.observe(layer, None, full_attention(snapshot, layer))
 
     def of_step(self, n_cached: int, token_features: Floats) -> Positions:
         new = np.arange(self._n_keys, n_cached)
@@ -143,14 +143,23 @@ class Ours(OneSet):
             self._n_keys = n_cached
         last = np.array([n_cached - 1])
         query = self._head.project_queries(token_features[last], last)[0, 0]
-        if self.sets:
-            self._survivors = Survivors(np.append(self.sets[-1], n_cached - 1), np.append(self._attention, 0))
-        selection = select(self._head.scores(query, self._keys[:n_cached]), self._survivors, self._policy)
+        seen = np.append(self.sets[-1], n_cached - 1) if self.sets else np.arange(n_cached)
+        survivors = Survivors(seen, np.pad(self._attention, (0, len(seen) - len(self._attention))))
+        selection = select(self._head.scores(query, self._keys[:n_cached]), survivors, self._policy)
         self._attention = np.zeros(len(selection.positions), np.float32)
         return selection.positions
 
     def observe(self, layer: int, chosen: Positions | None, attention: Floats) -> None:
-        self._attention += attention.mean(0)
+        if layer in self._observed:
+            self._attention += attention.mean(0) + attention.max(0)
+
+
+def full_attention(snapshot: Snapshot, layer: int) -> Floats:
+    """(n_heads, n_tokens): of the snapshot's last token, itself included."""
+    keys, q = snapshot.keys[layer][:, :snapshot.n_tokens], snapshot.last_queries[layer][-1]
+    scores = (q.reshape(len(keys), -1, q.shape[1]) @ keys.transpose(0, 2, 1) * snapshot.scale).reshape(len(q), -1)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.asarray(weights / weights.sum(-1, keepdims=True), np.float32)
 
 
 class Quest(Base):

@@ -88,7 +88,8 @@ class HeadRefused(ModelFileError):
     """A retrieval head that does not belong to the model, is damaged, or is none that edgert writes."""
 
     def __init__(self, path: str, problem: str) -> None:
-        super().__init__(path, f"retrieval head: {problem}", "Make one with `edgert distill`, or use the model without.")
+        super().__init__(path, f"retrieval head: {problem}",
+                         "Make one with `edgert distill`, or use the model without.")
 
 
 class TemplateError(ModelFileError):

@@ -62,5 +62,5 @@ class HeadCard:
         if not (0 < self.dim <= MAX_DIM and 0 < self.hidden_size <= 1 << 20 and 0 < self.n_layers <= MAX_LAYERS):
             raise ValueError(f"its sizes are impossible: dim {self.dim}, hidden_size {self.hidden_size}")
         if not (0 < len(layers) <= MAX_FEATURE_LAYERS and all(type(layer) is int for layer in layers)
-                and list(layers) == sorted(set(layers)) and 0 <= layers[0] and layers[-1] < self.n_layers - 1):
+                and list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < self.n_layers - 1):
             raise ValueError(f"its feature layers are {list(layers)[:MAX_FEATURE_LAYERS + 1]}")

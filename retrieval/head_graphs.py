@@ -97,20 +97,25 @@ def project_graph(parameters: HeadParameters) -> OnnxGraph:
              Node("Mul", ("positions_column", "frequencies"), ("angles",)),
              Node("Cos", ("angles",), ("cos",)), Node("Sin", ("angles",), ("sin",))]
     for name, out in zip(_PROJECTIONS, ("queries", "keys"), strict=True):
-        nodes += [Node("Cast", (f"{name}_weight",), (f"{name}_w",), {"to": 1}),
-                  Node("MatMul", ("features", f"{name}_w"), (f"{name}_product",)),
-                  Node("Add", (f"{name}_product", f"{name}_bias"), (f"{name}_flat",)),
-                  Node("Split", (f"{name}_flat", "parts"), tuple(f"{name}_{part}" for part in ("a", "b", "rest"))),
-                  Node("Mul", (f"{name}_a", "cos"), (f"{name}_ac",)), Node("Mul", (f"{name}_b", "sin"), (f"{name}_bs",)),
-                  Node("Mul", (f"{name}_a", "sin"), (f"{name}_as",)), Node("Mul", (f"{name}_b", "cos"), (f"{name}_bc",)),
-                  Node("Sub", (f"{name}_ac", f"{name}_bs"), (f"{name}_left",)),
-                  Node("Add", (f"{name}_as", f"{name}_bc"), (f"{name}_right",)),
-                  Node("Concat", (f"{name}_left", f"{name}_right", f"{name}_rest"), (out,), {"axis": 1})]
-    nodes = [Node(node.op, node.inputs, node.outputs, {"axis": 1}) if node.op == "Split" else node for node in nodes]
+        nodes += _projection(name, out)
     constants: dict[str, NDArray[np.generic]] = {"column": column, "parts": np.array([n, n, rest], np.int64)}
     return OnnxGraph("project", nodes, {**parameters.initialisers(), **constants},
                      {"features": ("n", parameters.n_features), "positions": ("n",)},
                      {"queries": ("n", parameters.dim), "keys": ("n", parameters.dim)})
+
+
+def _projection(name: str, out: str) -> list[Node]:
+    """The linear map of one projection, and its rotation by `cos` and `sin`."""
+    def node(op: str, inputs: str, outputs: str, **attributes: int) -> Node:
+        return Node(op, tuple(inputs.format(name).split()), tuple(outputs.format(name).split()), attributes)
+
+    return [node("Cast", "{0}_weight", "{0}_matrix", to=1),  # float32
+            node("MatMul", "features {0}_matrix", "{0}_product"), node("Add", "{0}_product {0}_bias", "{0}_flat"),
+            node("Split", "{0}_flat parts", "{0}_a {0}_b {0}_rest", axis=1),
+            node("Mul", "{0}_a cos", "{0}_a_cos"), node("Mul", "{0}_b sin", "{0}_b_sin"),
+            node("Mul", "{0}_a sin", "{0}_a_sin"), node("Mul", "{0}_b cos", "{0}_b_cos"),
+            node("Sub", "{0}_a_cos {0}_b_sin", "{0}_left"), node("Add", "{0}_a_sin {0}_b_cos", "{0}_right"),
+            node("Concat", "{0}_left {0}_right {0}_rest", out, axis=1)]
 
 
 def score_graph(dim: int) -> OnnxGraph:

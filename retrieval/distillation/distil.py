@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from retrieval.distillation.training import Epoch, Recipe, Training
 from retrieval.head import save_head
 from retrieval.head_card import HeadCard
 
-_N_HELD_OUT, _HELD_OUT_SHARE = 12, 1 / 12
+_HELD_OUT_SHARE = 1 / 12  # of the texts
 _CAPTURE_SHARE = 0.75  # of the time; an epoch takes a few percent of what capturing its examples took
 _MAX_EXAMPLES = 4096  # of 10 MiB each for a small model
 _LEAST_EXAMPLES, _LEAST_DOCUMENTS = 2, 12
@@ -40,7 +40,9 @@ class Options:
     directories: Sequence[Path] = ()
     n_threads: int = 1
     n_examples: int = 0
-    recipe: Recipe = Recipe()
+    n_held_out: int = 8
+    n_tokens: int = N_TOKENS  # of a sequence
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 def distil(model: ModelFile, encode: Encode, options: Options, say: Callable[[str], None]) -> HeadCard:
@@ -66,7 +68,7 @@ def distil(model: ModelFile, encode: Encode, options: Options, say: Callable[[st
     card = HeadCard(
         model.name[:80], model.fingerprint(), hidden_size, _n_layers(model), layers, parameters.dim, seed,
         {**asdict(options.recipe), "epochs_done": training.n_epochs_done},
-        {"examples": len(train), "tokens": N_TOKENS * len(train), "texts": len(texts),
+        {"examples": len(train), "tokens": options.n_tokens * len(train), "texts": len(texts),
          "texts_sha256": _digest(texts), "source": "own" if options.directories else "installed Python"},
         {f"{name}_at_{budget}": round(value, 4) for budget in (128, 256)
          for name, value in asdict(quality_of(training.network, training.held_out, budget)).items()})
@@ -78,13 +80,14 @@ def _capture(model: ModelFile, encode: Encode, texts: Sequence[Document], option
              say: Callable[[str], None]) -> tuple[list[Path], list[Path], tuple[int, ...]]:
     """Held-out sequences, then as many to learn from as the time or the number allows; those of earlier runs count."""
     n_held = max(1, int(len(texts) * _HELD_OUT_SHARE))
-    kinds = {"held": Sequences(texts[:n_held], encode, options.recipe.seed, held_out=True),
-             "train": Sequences(texts[n_held:], encode, options.recipe.seed)}
-    teacher = Teacher(model, 2 * N_TOKENS, options.n_threads)
+    seed, n_tokens = options.recipe.seed, options.n_tokens
+    kinds = {"held": Sequences(texts[:n_held], encode, seed, True, n_tokens),
+             "train": Sequences(texts[n_held:], encode, seed, False, n_tokens)}
+    teacher = Teacher(model, 2 * n_tokens, options.n_threads)
     done: dict[str, list[Path]] = {"held": [], "train": []}
     wanted = options.n_examples or _MAX_EXAMPLES
     try:
-        for kind, index in [*(("held", i) for i in range(_N_HELD_OUT)), *(("train", i) for i in range(wanted))]:
+        for kind, index in [*(("held", i) for i in range(options.n_held_out)), *(("train", i) for i in range(wanted))]:
             path = options.work / f"{kind}-{index:05}.npz"
             if not path.exists():
                 enough = len(done["train"]) >= _LEAST_EXAMPLES and not options.n_examples

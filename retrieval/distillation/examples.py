@@ -5,7 +5,6 @@ Knows which tokens are asked about. A file is complete or absent, so capturing g
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.distillation.synthetic import ANSWER, N_KINDS, TEXT, Piece, compose
+from retrieval.distillation.synthetic import ANSWER, N_KINDS, Piece, compose
 from retrieval.distillation.targets import targets_of
 from retrieval.distillation.teacher import Teacher
 from retrieval.distillation.text import Document
@@ -44,7 +43,7 @@ class Example:
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
             np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
-        os.replace(partial, path)
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Example:
@@ -60,12 +59,13 @@ class Sequences:
     encode: Encode
     seed: int
     held_out: bool = False
+    n_tokens: int = N_TOKENS
 
     def make(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8], bool]:
         """Token ids and roles, and whether it is synthetic. Some of those held out are longer than any that is learned
         from: attention's cost grows with the square, and a head reaches further by gaps in its positions."""
         rng = Random(f"{self.seed}/{self.held_out}/{index}")
-        n_tokens = 2 * N_TOKENS if self.held_out and index % 6 == 5 else N_TOKENS
+        n_tokens = 2 * self.n_tokens if self.held_out and index % 6 == 5 else self.n_tokens
         is_synthetic = (index * 7 % 20) < 20 * _SYNTHETIC_SHARE
         # Prose and code by turns, whatever there is more of.
         kind = [d for d in self.documents if d.is_code == (rng.random() < 0.4)] or self.documents

@@ -27,7 +27,8 @@ class Network(torch.nn.Module):
         n_pairs = dim // 2
         self.register_buffer("frequencies", _BASE ** (-torch.arange(n_pairs) / n_pairs))
 
-    def forward(self, queries: torch.Tensor, at: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, at: torch.Tensor, keys: torch.Tensor,
+                positions: torch.Tensor) -> torch.Tensor:
         """(n_queries, n_tokens) of features (n_queries, n_features) and (n_tokens, n_features) and their positions."""
         q, k = self._rotated(self.query(queries), at), self._rotated(self.key(keys), positions)
         return q @ k.T / self.dim ** 0.5

@@ -18,8 +18,8 @@ _LEAST_PEAK = 0.3  # an answer's step looks at its fact where some head gives it
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """At one budget: `coverage` is the attention inside the head's set over that inside the best set; `recall` the share
-    of the peaks on facts, at answers' steps, that the set holds."""
+    """At one budget: `coverage` is the attention inside the head's set over that inside the best set; `recall` the
+    share of the peaks on facts, at answers' steps, that the set holds."""
 
     coverage: float
     recall: float

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 TEXT, FACT, ANSWER = 0, 1, 2  # the role of a piece of text
-_SYLLABLES = "ba be bo ca co da de di do fa fi ga go ha ki ko la le lo ma mi mo na ne no pa pe ra re ri ro sa se si so " \
-             "ta te ti to va vi vo za zo".split()
-_THINGS = "lamp kettle ladder basket bucket hammer pillow carpet bottle mirror candle wallet ticket helmet jacket " \
-          "saddle violin trumpet compass anchor".split()
-_PLACES = "Lisbon Oslo Quito Nairobi Hanoi Dublin Prague Lima Cairo Riga Bergen Malaga Turin Ghent Accra Osaka Perth " \
-          "Bogota Tallinn Zagreb".split()
-_COLOURS = "crimson turquoise amber violet ivory olive maroon indigo beige scarlet".split()
+_SYLLABLES = (
+    "ba", "be", "bo", "ca", "co", "da", "de", "di", "do", "fa", "fi", "ga", "go", "ha", "ki", "ko", "la", "le", "lo",
+    "ma", "mi", "mo", "na", "ne", "no", "pa", "pe", "ra", "re", "ri", "ro", "sa", "se", "si", "so", "ta", "te", "ti",
+    "to", "va", "vi", "vo", "za", "zo")
+_THINGS = (
+    "lamp", "kettle", "ladder", "basket", "bucket", "hammer", "pillow", "carpet", "bottle", "mirror", "candle",
+    "wallet", "ticket", "helmet", "jacket", "saddle", "violin", "trumpet", "compass", "anchor")
+_PLACES = (
+    "Lisbon", "Oslo", "Quito", "Nairobi", "Hanoi", "Dublin", "Prague", "Lima", "Cairo", "Riga", "Bergen", "Malaga",
+    "Turin", "Ghent", "Accra", "Osaka", "Perth", "Bogota", "Tallinn", "Zagreb")
+_COLOURS = (
+    "crimson", "turquoise", "amber", "violet", "ivory", "olive", "maroon", "indigo", "beige", "scarlet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +86,14 @@ def _setting(rng: Random) -> Item:
 
 def _record(rng: Random) -> Item:
     name, value = _word(rng), _hex(rng)
-    return _item(f'\n{{"user": "{name}", "token": "', value, '"}\n', f'\n{{"token_of": "{name}", "is": "', value, '"}\n')
+    return _item(f'\n{{"user": "{name}", "token": "', value, '"}\n',
+                 f'\n{{"token_of": "{name}", "is": "', value, '"}\n')
 
 
 def _home(rng: Random) -> Item:
     who, where = _name(rng), rng.choice(_PLACES)
-    return _item(f"\n{who} moved to", f" {where}", " in the spring.\n", f"\nThe city where {who} lives now is", f" {where}",
-                 ".\n")
+    return _item(f"\n{who} moved to", f" {where}", " in the spring.\n",
+                 f"\nThe city where {who} lives now is", f" {where}", ".\n")
 
 
 def _thing(rng: Random) -> Item:
@@ -97,8 +104,9 @@ def _thing(rng: Random) -> Item:
 
 def _chain(rng: Random) -> Item:
     names, value = [_word(rng) for _ in range(rng.randint(2, 4))], _digits(rng)
-    links = "".join(f"\nlet {b} = {a};" for a, b in zip(names, names[1:], strict=False))
-    return _item(f"\nlet {names[0]} =", f" {value}", f";{links}\n", f"\nassert({names[-1]} ==", f" {value}", ");\n")
+    links = "".join(f"\nlet {b} = {a};" for a, b in pairwise(names))
+    return _item(f"\nlet {names[0]} =", f" {value}", f";{links}\n",
+                 f"\nassert({names[-1]} ==", f" {value}", ");\n")
 
 
 def _several(rng: Random) -> Item:
@@ -117,8 +125,8 @@ def _definition(rng: Random) -> Item:
     return _item(f"\ndef {function}", body, ":\n    return None\n", f"\n# the signature again: {function}", body, "\n")
 
 
-_KINDS: tuple[Callable[[Random], Item], ...] = (_invoice, _extension, _constant, _setting, _record, _home, _thing, _chain,
-                                                _several, _definition)
+_KINDS: tuple[Callable[[Random], Item], ...] = (_invoice, _extension, _constant, _setting, _record, _home, _thing,
+                                                _chain, _several, _definition)
 N_KINDS = len(_KINDS)
 
 

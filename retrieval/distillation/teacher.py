@@ -24,9 +24,14 @@ from edgert.ggml.backend import Allocator, Backend
 from edgert.ggml.graph import Graph, Tensor
 from edgert.gguf.model_file import ModelFile
 from retrieval.distillation.teacher_weights import TeacherWeights
-from retrieval.features import feature_layers_of
 
 _BATCH_TOKENS = 512  # as the engine's own: other batches round otherwise
+
+
+def feature_layers_of(n_layers: int) -> tuple[int, ...]:
+    """The layers whose residual stream a head sees: early, in the middle, and the last but one."""
+    last = n_layers - 2  # after the last layer, only tokens whose logits are wanted are left
+    return tuple(sorted({min(layer, last) for layer in (2, n_layers // 2, last) if last >= 0}))
 
 
 @dataclass(frozen=True, slots=True)
