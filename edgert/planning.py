@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from edgert.architectures.base import MAX_CONTEXT, Architecture
 from edgert.architectures.registry import open_architecture
@@ -22,11 +23,14 @@ from edgert.engine.calibration import calibrate
 from edgert.engine.expert_graphs import Choice
 from edgert.engine.kv_cache import DenseKVCache, KVType, kv_bytes_per_token
 from edgert.engine.layouts import LayoutChoice, Layouts, choose_layouts
+from edgert.engine.retrieval_head import RetrievalHead
 from edgert.errors import UsageError
 from edgert.ggml.backend import Backend
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
-from edgert.memory.planner import Demand, Plan, default_context, make_plan
+from edgert.memory.kv import KVSizes
+from edgert.memory.model import kv_bytes
+from edgert.memory.planner import Demand, Plan, default_context, make_plan, smallest_budget
 from edgert.memory.probe import MemoryProbe
 from edgert.memory.profile import DeviceProfile, Part
 from edgert.memory.profile_store import ProfileStore
@@ -46,6 +50,10 @@ _MAX_THREADS = 512  # GGML_MAX_N_THREADS; libgomp crashes on many more
 _SHARE_OF_AVAILABLE = 0.9
 # The first calibration of a device: kernels, then the disk. Together under 10 s.
 _KERNELS_S, _DISK_S = 7.0, 1.5
+# KV of the whole context may take this share of a memory budget before steps attend to a set of tokens.
+_MOST_KV_SHARE = 1 / 3
+# Sets that are tried where the memory manager decides, and the smallest that a user may ask for.
+_KV_BUDGETS, _LEAST_KV_BUDGET = (512, 256, 128), 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,8 @@ class EngineOptions:
     kv_type: KVType = "f16"
     layout: LayoutChoice = "auto"
     speculate: Speculate = "auto"
+    kv_budget: int | Literal["full"] | None = None  # tokens that a step attends to; None leaves it to the plan
+    kv_store: Path | None = None  # where keys and values lie that have no room in memory
 
     def may_speculate(self, arch: Architecture) -> bool:
         """Never with experts: each token of a pass brings its own, so that bytes grow with guesses, right or wrong."""
@@ -78,6 +88,7 @@ class Planning:
 
         check_options(options)
         self.file, self.options = file, options
+        self.kv_store = options.kv_store or paths.cache / "kv"
         self.arch = open_architecture(file)
         self.pieces: Sequence[Piece] = cut(file, self.arch)
         self.left_bytes = probe.process_bytes() + int(probe.available_bytes() * _SHARE_OF_AVAILABLE)
@@ -101,7 +112,41 @@ class Planning:
                                           budget_bytes=self.budget_bytes)
             shape = shape_of(file, self.arch, self.pieces, options.kv_type)
             self.demand = Demand(shape, overheads, self.kv.context_length, options.batch_size, self.layouts.repacked)
+            self.head = None if is_shard else head_of(file, self.arch)
+            if not is_shard:
+                self.demand = self._with_kv()
             self._opened = opened.pop_all()
+
+    def _with_kv(self) -> Demand:
+        """The demand with the cache that is asked for, or that fits: dense wherever it leaves the weights their room.
+
+        Retrieved KV is exact up to a length and close beyond it, so nothing but `--kv-budget` or a memory budget that
+        the whole context's KV would fill brings it about.
+        """
+        asked, demand = self.options.kv_budget, self.demand
+        if asked == "full" or (asked is None and not self._is_crowded(demand)):
+            return demand
+        check_kv(self.options, self.arch, self.kv.context_length)
+        tries = [replace(demand, shape=replace(demand.shape, kv=sizes)) for sizes in self._kv_sizes(asked)]
+        return next((one for one in tries if smallest_budget(one) <= self.budget_bytes), tries[-1] if asked else demand)
+
+    def _is_crowded(self, demand: Demand) -> bool:
+        if self.options.memory_bytes is None or self.options.kv_type != "f16":
+            return False
+        dense = kv_bytes(demand.shape, demand.context_length)
+        return dense > _MOST_KV_SHARE * self.budget_bytes or smallest_budget(demand) > self.budget_bytes
+
+    def _kv_sizes(self, asked: int | None) -> Iterator[KVSizes]:
+        """Caches from the largest to the smallest; in memory only where the whole context has room."""
+        from retrieval.sizes import FROM_TOKENS, kv_sizes
+
+        hp, context, head = self.arch.hp, self.kv.context_length, self.head
+        weights: Literal["resident", "streamed"] = "resident" if self.options.memory_bytes is None else "streamed"
+        if asked and not self._is_crowded(self.demand) and smallest_budget(self.demand) <= self.budget_bytes:
+            yield kv_sizes(hp, context, asked, FROM_TOKENS, "memory", head, weights)
+        for budget in (asked,) if asked else _KV_BUDGETS:
+            for from_tokens in (FROM_TOKENS, FROM_TOKENS // 2, budget):
+                yield kv_sizes(hp, context, budget, from_tokens, "disk", head, weights)
 
     @classmethod
     def open(cls, path: Path, paths: Paths, options: EngineOptions) -> Self:
@@ -175,6 +220,26 @@ def shape_of(file: ModelFile, arch: Architecture, pieces: Sequence[Piece], kv_ty
         kept_bytes_per_token=Choice.size_bytes(hp, 1) if of_experts else 0, window=hp.window,
         n_window_layers=len(hp.window_layers), context_length=hp.context_length,
         repackable_bytes=dict(matrices + head + experts))
+
+
+def head_of(file: ModelFile, arch: Architecture) -> RetrievalHead | None:
+    """The retrieval head that was distilled from this file, if there is one."""
+    try:
+        heads = import_module("retrieval.head")
+    except ImportError:
+        return None
+    head: RetrievalHead | None = heads.find_head(file, arch.hp)
+    return head
+
+
+def check_kv(options: EngineOptions, arch: Architecture, context_length: int) -> None:
+    """Raises UsageError where steps cannot attend to a set of tokens."""
+    if options.kv_type != "f16":
+        raise UsageError(f"--kv-budget needs keys and values in f16, not {options.kv_type}", "Leave out --kv-type.")
+    if len(arch.hp.window_layers) == arch.hp.n_layers:
+        raise UsageError("every layer of this model sees a window only", "Leave out --kv-budget.")
+    if isinstance(options.kv_budget, int) and options.kv_budget < _LEAST_KV_BUDGET:
+        raise UsageError(f"--kv-budget {options.kv_budget} is too few tokens", f"At least {_LEAST_KV_BUDGET}, or full.")
 
 
 def check_options(options: EngineOptions) -> None:

@@ -13,17 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from edgert.architectures.base import Architecture
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
+from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.collective import Collective
 from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import KVType
 from edgert.engine.layouts import LayoutChoice, Layouts
 from edgert.engine.resident import ResidentWeights
 from edgert.engine.trace import OFF, Trace
+from edgert.engine.weights import WeightSource
 from edgert.errors import ContextOverflow, ModelFileError, TemplateError, UsageError
 from edgert.forecast import Forecast
 from edgert.generation import Generation
@@ -69,7 +71,8 @@ class Runtime:
     def load(cls, model: str | Path, *, memory: str | int | None = None, context: int | None = None,
              threads: int | None = None, batch: int = 512, kv_type: KVType = "f16",
              layout: LayoutChoice = "auto", models_dirs: Sequence[Path] = (), trace: Path | None = None,
-             speculate: Speculate = "auto", cluster: ClusterOptions | None = None, learn: bool = True) -> Self:
+             speculate: Speculate = "auto", cluster: ClusterOptions | None = None, learn: bool = True,
+             kv_budget: int | Literal["full"] | None = None, kv_store: Path | None = None) -> Self:
         """Open a model: a path, a name that `edgert list` shows, or `user/repo:quant`.
 
         `memory` (bytes, or a text such as "600M") is a budget for the whole process; weights that it does not hold
@@ -78,7 +81,10 @@ class Runtime:
         of the matrices that compute faster so, the KV cache as it fills, and the compute buffer.
         `speculate` "auto" guesses tokens from the text before where weights stream, so that a pass gives several: they
         are those that the sampler chooses from the pass's logits, which batches of other sizes round otherwise. "on"
-        does so for resident weights too. With `cluster`, the paired devices compute too, and what is said about memory
+        does so for resident weights too. `kv_budget` is how many cached tokens a step attends to, "full" for all of
+        them; None leaves it to the memory manager, which attends to all of them unless a memory budget has no room.
+        Keys and values that have no room lie in the directory `kv_store`.
+        With `cluster`, the paired devices compute too, and what is said about memory
         is about this one. On a device that `edgert plan` has measured, answers correct its profile, unless `learn` is
         False.
         Raises ModelNotFound, ModelFileError, OutOfMemory (BudgetTooSmall), UsageError, NativeLibraryError.
@@ -88,7 +94,9 @@ class Runtime:
         with tracer.span("header", "load"):
             file = ModelFile.open(path)
         options = EngineOptions(None if memory is None else parse_bytes(memory), context, threads or usable_cores(),
-                                batch, kv_type, layout, speculate)
+                                batch, kv_type, layout, speculate, kv_budget, kv_store)
+        if cluster is not None and isinstance(kv_budget, int):
+            raise UsageError("--kv-budget does not work with --cluster", "Leave out one of them.")
         load_libraries()
         with ThreadPoolExecutor(1, "vocabulary") as pool:  # 0.3 s for 150k tokens, beside the weights
             vocabulary = pool.submit(_open_tokenizer, file, tracer)
@@ -227,7 +235,7 @@ class Runtime:
         weights, kv = self.engine.weights, self.engine.kv
         return {"budget_bytes": self._budget_bytes, "peak_rss_bytes": peak_rss_bytes(),
                 "pinned_bytes": weights.pinned_bytes, "streamed_bytes": weights.streamed_bytes,
-                "kv_resident_bytes": kv.resident_bytes, "kv_selected_tokens": None,
+                "kv_resident_bytes": kv.resident_bytes, "kv_selected_tokens": self.engine.selected_tokens,
                 "compute_bytes": self.engine.compute_bytes}
 
     def plan(self) -> dict[str, Any]:
@@ -304,8 +312,7 @@ def open_planned(planning: Planning, plan: Plan, trace: Trace = OFF,
 
         planning.graphs.part_tokens = plan.sizes.part_tokens
         weights = open_window(backend, file, arch, planning.pieces, plan, trace=trace)
-        engine = Engine(arch, weights, kv, backend, collective=collective, batch_size=plan.batch_size,
-                        graphs=planning.graphs, trace=trace)
+        engine = _engine(planning, weights, plan, trace, collective, planning.graphs)
         planning.release()
         if not plan.sizes.window_bytes:  # nothing but experts moves
             return engine, None
@@ -315,9 +322,23 @@ def open_planned(planning: Planning, plan: Plan, trace: Trace = OFF,
     layouts = Layouts({"prefill": frozenset(), "decode": frozenset(), **plan.sizes.repacked})
     _log.info("repacked tensor types: %s", {phase: sorted(types) for phase, types in layouts.repacked.items()})
     resident = ResidentWeights(backend, file, arch, layouts)
+    engine = _engine(planning, resident, plan, trace, collective)
     planning.release()
     planning.graphs.close()
-    return Engine(arch, resident, kv, backend, collective=collective, batch_size=plan.batch_size, trace=trace), None
+    return engine, None
+
+
+def _engine(planning: Planning, weights: WeightSource, plan: Plan, trace: Trace, collective: Collective | None,
+            graphs: BlockwiseGraphs | None = None) -> Engine:
+    """The engine whose steps attend to all tokens, or to a set of them."""
+    sizes = planning.demand.shape.kv
+    if sizes is None:
+        return Engine(planning.arch, weights, planning.kv, planning.backend, collective=collective,
+                      batch_size=plan.batch_size, graphs=graphs, trace=trace)
+    from retrieval.opening import open_retrieval
+
+    return open_retrieval(planning.arch, weights, planning.kv, planning.backend, sizes, planning.head,
+                          planning.kv_store, batch_size=plan.batch_size, graphs=graphs, trace=trace)
 
 
 def peak_rss_bytes() -> int:

@@ -23,7 +23,7 @@ from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
 from retrieval.cold import ColdTier, DenseTier
 from retrieval.graph import Observation
-from retrieval.hot import MAX_STEP_TOKENS, HotKVCache
+from retrieval.hot import HotKVCache, slots_for
 from retrieval.masked import MaskedKVCache
 from retrieval.selection import Policy, Selection, Survivors, select
 from retrieval.selectors import Halves, Selector
@@ -53,6 +53,8 @@ class Counts:
     n_whole: int = 0  # steps that looked at everything
     n_selected: int = 0
     n_fetched: int = 0
+    select_s: float = 0.0
+    fetch_s: float = 0.0
 
 
 class RetrievedKVCache:
@@ -62,7 +64,7 @@ class RetrievedKVCache:
                  from_tokens: int, *, context_length: int | None = None, disk: DiskTier | None = None) -> None:
         """Without `disk`, the dense cache holds the whole context and is the cold tier. With it, the dense cache holds
         `from_tokens`, and is given back when the text becomes longer."""
-        n_slots = max(policy.budget, policy.most) + MAX_STEP_TOKENS
+        n_slots = slots_for(max(policy.budget, policy.most))
         observed = observed_layers(hp) | selector.key_layers
         self.context_length = context_length or dense.context_length
         self.from_tokens = max(from_tokens, policy.budget)
@@ -76,7 +78,7 @@ class RetrievedKVCache:
         self.cold: ColdTier = self._near if disk is None else disk
         self.length = 0
         self._survivors: Survivors | None = None
-        self._last: Selection | None = None
+        self.n_attended: int | None = None  # by the last step, its own tokens apart; None for all of them
         self._n_since_whole = _FULL_EVERY
 
     # -- choosing ------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ class RetrievedKVCache:
         if self.hot.ring is not None and len(in_window):
             self.cold.fetch(self.hot.ring, in_window % self.hot.ring.n_rows, in_window)
             self.hot.fill_ring(in_window)
-        self._last = chosen
+        self.n_attended = len(chosen.positions)
         self.counts.n_fetched += len(assignment.missing)
 
     def commit_step(self, batch: Batch, chosen: Selection | None) -> None:
@@ -112,7 +114,7 @@ class RetrievedKVCache:
             assert self.whole is not None  # `select` gave no set
             self.commit(batch)
             self._observed(np.arange(batch.end, dtype=np.int64), np.arange(batch.end), self.whole.observations(), batch)
-            self._n_since_whole = 0
+            self._n_since_whole, self.n_attended = 0, None
             self.counts.n_whole += 1
             return
         new = np.arange(batch.start, batch.end, dtype=np.int64)

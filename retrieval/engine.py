@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +27,9 @@ from edgert.errors import KVStoreError
 from edgert.ggml.backend import Backend
 from retrieval.cache import RetrievedKVCache
 from retrieval.hot import MAX_STEP_TOKENS
+from retrieval.sizes import PASSING_TOKENS
 
 Logits = NDArray[np.float32]
-# Tokens of a prompt that pass the layers together: their hidden states and features wait in memory, 19 MB each for
-# SmolLM2-135M, and every further thousand tokens reads the layers' keys and values before them again.
-_STAGED_TOKENS = 2048
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +50,19 @@ class RetrievalEngine(Engine):
     @property
     def compute_bytes(self) -> int:
         return super().compute_bytes + self._hot_graphs.compute_bytes + self._whole_graphs.compute_bytes
+
+    @property
+    def selected_tokens(self) -> int | None:
+        return self._retrieved.n_attended
+
+    def plan(self) -> dict[str, Any]:
+        kv = self._retrieved
+        return {**super().plan(), "kv": {
+            "tier": "memory" if kv.disk is None else "disk", "budget": kv.policy.budget, "from_tokens": kv.from_tokens,
+            "selector": kv.selector.name, "steps": kv.counts.n_steps, "steps_over_everything": kv.counts.n_whole,
+            "selected": kv.counts.n_selected, "fetched": kv.counts.n_fetched,
+            "read_bytes": kv.disk.read_bytes if kv.disk else 0, "reads": kv.disk.n_reads if kv.disk else 0,
+            "select_ms": round(kv.counts.select_s * 1000, 3), "fetch_ms": round(kv.counts.fetch_s * 1000, 3)}}
 
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> Logits:
         """As any engine's. Where what the disk holds of the text turns out damaged, the text is computed anew."""
@@ -86,7 +99,7 @@ class RetrievalEngine(Engine):
         with kv.staging(self._store, start, end) as staged:
             graphs = BlockwiseGraphs(self.backend, self.arch, staged)
             try:
-                for some in _at_once(batches, _STAGED_TOKENS if self.weights.resident else end):
+                for some in _at_once(batches, PASSING_TOKENS["resident" if self.weights.resident else "streamed"]):
                     staged.start, staged.end = some[0].start, some[-1].end
                     with self._trace.span(f"prefill {staged.end - staged.start} layer by layer", "compute"):
                         logits = self._pass(some, graphs, staged)
@@ -96,17 +109,20 @@ class RetrievalEngine(Engine):
                 graphs.close()
         return logits
 
-    def _attend_to_a_set(self, batch: Batch) -> Logits:
+    def _attend_to_a_set(self, batch: Batch) -> Logits | None:
         kv = self._retrieved
+        begin_s = perf_counter()
         with self._trace.span("select", "compute"):
             chosen = kv.select(batch)
+        kv.counts.select_s += perf_counter() - begin_s
         if chosen is None:
             return self._look_at_everything(batch)
+        begin_s = perf_counter()
         with self._trace.span("fetch", "wait"):
             kv.bring(chosen, batch)
+        kv.counts.fetch_s += perf_counter() - begin_s
         with self._trace.span(f"step over {len(chosen.positions)}", "compute"):
             logits = self._pass([batch], self._hot_graphs, kv.hot)
-        assert logits is not None  # a step's last token is always wanted
         kv.commit_step(batch, chosen)
         self._trace.count("retrieval", selected=len(chosen.positions), fetched=kv.counts.n_fetched)
         return logits

@@ -28,19 +28,29 @@ _READY = nullcontext()
 _BUCKET = 64
 
 
+def slots_for(n_selected: int) -> int:
+    """Slots for sets of at most so many tokens, and a step's own."""
+    return -(-(n_selected + MAX_STEP_TOKENS) // _BUCKET) * _BUCKET
+
+
+def ring_rows(hp: Hyperparameters, context_length: int) -> int:
+    """Rows for the last tokens that windowed layers see, and a step's own."""
+    return -(-(min(hp.window, context_length) + MAX_STEP_TOKENS) // _BUCKET) * _BUCKET
+
+
 class HotKVCache:
     """`prepare` assigns slots for a step; its caller fills those that are missing; then a graph may compute."""
 
     def __init__(self, backend: Backend, hp: Hyperparameters, context_length: int, n_slots: int,
                  observed_layers: frozenset[int] = frozenset()) -> None:
         self.context_length, self.length = context_length, 0
-        self.n_slots = -(-n_slots // _BUCKET) * _BUCKET
+        self.n_slots = n_slots
         self.slots = Slots(self.n_slots, context_length)
         self._window, self._window_layers, self._observed_layers = hp.window, hp.window_layers, observed_layers
         self.records = Records(backend, RecordShape.full(hp), self.n_slots, "the hot buffer")
         self.ring: Records | None = None
         if hp.window_layers:
-            n_ring = -(-(min(hp.window, context_length) + MAX_STEP_TOKENS) // _BUCKET) * _BUCKET
+            n_ring = ring_rows(hp, context_length)
             self.ring = Records(backend, RecordShape.windowed(hp), n_ring, "the windows' buffer")
             self._ring_positions: Positions = np.full(n_ring, -1, np.int64)
         others = [] if self.ring is None else [self.ring]

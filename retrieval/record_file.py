@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import KVStoreError, NoSpace
-from retrieval.records import Bytes
 
 Positions = NDArray[np.int64]
 Checksums = NDArray[np.uint32]
@@ -83,21 +82,21 @@ class RecordFile:
         memory = np.zeros(3 * 4096, np.uint8)
         start = -memory.ctypes.data % 4096 + _SECTOR_BYTES
         try:
-            os.preadv(self._fd, [memory[start:start + _SECTOR_BYTES]], _SECTOR_BYTES)
+            os.preadv(self._fd, [memory.data[start:start + _SECTOR_BYTES]], _SECTOR_BYTES)
         except OSError:
             return False
         return True
 
     # -- writing -------------------------------------------------------------------------------------------------
-    def write(self, start: int, rows: Sequence[Bytes]) -> None:
-        """Records from `start` on, each (stride_bytes,) at a multiple of a sector. Raises KVStoreError, NoSpace."""
+    def write(self, start: int, rows: Sequence[memoryview]) -> None:
+        """Records from `start` on, each of stride_bytes at a multiple of a sector. Raises KVStoreError, NoSpace."""
         for first in range(0, len(rows), _MAX_RUN):
             part = rows[first:first + _MAX_RUN]
             self._write_run(start + first, part)
             for position, row in enumerate(part, start + first):
                 self.checksums[position] = checksum(row, position)
 
-    def _write_run(self, start: int, rows: Sequence[Bytes]) -> None:
+    def _write_run(self, start: int, rows: Sequence[memoryview]) -> None:
         offset, wanted = start * self.stride_bytes, len(rows) * self.stride_bytes
         try:
             written = os.pwritev(self._fd, rows, offset)
@@ -111,7 +110,7 @@ class RecordFile:
         self._forget_cached(offset, wanted)
 
     # -- reading -------------------------------------------------------------------------------------------------
-    def read(self, positions: Positions, rows: Sequence[Bytes]) -> None:
+    def read(self, positions: Positions, rows: Sequence[memoryview]) -> None:
         """The records at `positions` (rising) into `rows`, and each compared with its checksum. Raises KVStoreError."""
         breaks = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
         for start, end in pairwise(breaks):
@@ -122,7 +121,7 @@ class RecordFile:
             if checksum(row, position) != self.checksums[position]:
                 raise KVStoreError(str(self.path), f"the keys and values of token {position} are damaged")
 
-    def _read_run(self, start: int, rows: Sequence[Bytes]) -> None:
+    def _read_run(self, start: int, rows: Sequence[memoryview]) -> None:
         offset, wanted = start * self.stride_bytes, len(rows) * self.stride_bytes
         try:
             n = os.preadv(self._fd, rows, offset)
@@ -152,6 +151,6 @@ class RecordFile:
             self._fd = -1
 
 
-def checksum(record: Bytes, position: int) -> int:
+def checksum(record: memoryview, position: int) -> int:
     """CRC-32 of a record, begun with its position: one that lies in another's place is damaged too. 4 us for 23 KiB."""
     return zlib.crc32(record, position)

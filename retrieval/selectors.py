@@ -22,6 +22,9 @@ Halves = NDArray[np.float16]
 
 
 class Selector(Protocol):
+    name: str
+    """What chooses, for people."""
+
     @property
     def feature_layers(self) -> frozenset[int] | None:
         """The layers whose residual stream it reads; None where it reads none, not even embeddings."""
@@ -57,6 +60,7 @@ class Selector(Protocol):
 class HeadSelector:
     """A retrieval head, and the keys of every token, of which memory is taken as they come."""
 
+    name = "head"
     key_layers: frozenset[int] = frozenset()
 
     def __init__(self, head: RetrievalHead, context_length: int) -> None:
@@ -98,6 +102,7 @@ class PageSelector:
     head that gives it most. Forgotten tokens widen a page's bounds until they are replaced.
     """
 
+    name = "pages"
     feature_layers: frozenset[int] | None = None
 
     def __init__(self, key_layers: frozenset[int], n_kv_heads: int, head_dim: int, context_length: int) -> None:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.kv_cache import DenseKVCache
@@ -50,18 +49,18 @@ class LayerFile:
 
     def read(self, layer: int, part: int, start: int, rows: Halves) -> None:
         """Rows from `start` on of K (part 0) or V (part 1) into rows (n, kv_size), contiguous."""
-        self._move(os.preadv, layer, part, start, rows)
+        self._move(_read, layer, part, start, rows)
 
     def write(self, layer: int, part: int, start: int, rows: Halves) -> None:
-        self._move(os.pwritev, layer, part, start, rows)
+        self._move(_write, layer, part, start, rows)
 
-    def _move(self, move: Callable[[int, list[NDArray[np.uint8]], int], int], layer: int, part: int, start: int,
+    def _move(self, move: Callable[[int, list[memoryview], int], int], layer: int, part: int, start: int,
               rows: Halves) -> None:
         raw, done = rows.reshape(-1).view(np.uint8), 0
         offset = ((2 * layer + part) * self._n_cells + start) * self._row_bytes
         while done < len(raw):
             try:
-                n = move(self._file.fileno(), [raw[done:]], offset + done)
+                n = move(self._file.fileno(), [raw.data[done:]], offset + done)
             except OSError as error:
                 raise KVStoreError(str(self._directory), f"a prompt's keys and values: {error.strerror}") from error
             if n <= 0:
@@ -70,6 +69,14 @@ class LayerFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _read(fd: int, memory: list[memoryview], offset: int) -> int:
+    return os.preadv(fd, memory, offset)
+
+
+def _write(fd: int, memory: list[memoryview], offset: int) -> int:
+    return os.pwritev(fd, memory, offset)
 
 
 class StagedKVCache(DenseKVCache):

@@ -23,7 +23,7 @@ from retrieval.records import Records, RecordShape
 Positions = NDArray[np.int64]
 # Random reads of 23 KiB on a disk of 2 GB/s: 92 of them take 7.2 ms by one thread, 3.8 by four, 3.4 by eight.
 _N_READERS = 4
-_N_WAITING = 32  # records that wait to be written; half of them at a time
+N_WAITING = 32  # records that wait to be written; half of them at a time
 _POLL_S, _DEADLINE_S = 0.02, 120.0
 
 
@@ -33,7 +33,7 @@ class DiskTier:
     def __init__(self, backend: Backend, hp: Hyperparameters, context_length: int,
                  make: Callable[[str, int, int], RecordFile]) -> None:
         """`make(name, stride_bytes, n_records)` opens a file. Raises KVStoreError, NoSpace, OutOfMemory."""
-        self._is_cancelled = lambda: backend.cancel.is_set
+        self._cancel = backend.cancel
         self._parts: dict[RecordShape, _Part] = {}
         shapes = {"full": RecordShape.full(hp), "window": RecordShape.windowed(hp)}
         self._pool = ThreadPoolExecutor(_N_READERS + 1, "kv-read")
@@ -65,25 +65,25 @@ class DiskTier:
         part = self._parts[records.shape]
         waits = positions >= part.n_written
         for row, position in zip(rows[waits].tolist(), positions[waits].tolist(), strict=True):
-            records.rows[row] = part.waiting.rows[position % _N_WAITING]
+            records.rows[row] = part.waiting.rows[position % N_WAITING]
         rows, positions = rows[~waits], positions[~waits]
         n_parts = min(_N_READERS, -(-len(positions) // 4))
-        self._wait([self._pool.submit(part.file.read, some, [records.rows[row] for row in into.tolist()])
+        self._wait([self._pool.submit(part.file.read, some, _memory(records, into))
                     for some, into in zip(np.array_split(positions, n_parts), np.array_split(rows, n_parts),
                                           strict=True)] if n_parts else [])
-        if self._is_cancelled():
+        if self._cancel.is_set:
             raise Cancelled
 
     def keep(self, records: Records, rows: Positions, positions: Positions) -> None:
         part = self._parts[records.shape]
         for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
-            if position - part.n_written >= _N_WAITING:
+            if position - part.n_written >= N_WAITING:
                 self._wait(part.writing)
                 self._write_behind(part)
                 self._wait(part.writing)
-            part.waiting.rows[position % _N_WAITING] = records.rows[row]
+            part.waiting.rows[position % N_WAITING] = records.rows[row]
             part.n_kept = position + 1
-            if part.n_kept - part.n_started >= _N_WAITING // 2:
+            if part.n_kept - part.n_started >= N_WAITING // 2:
                 self._write_behind(part)
 
     def _write_behind(self, part: _Part) -> None:
@@ -98,7 +98,7 @@ class DiskTier:
         """The first `n` records are the tokens from `start` on: a prompt's, many at once."""
         part = self._parts[records.shape]
         self._wait(part.writing)
-        part.file.write(start, [*records.rows[:n]])
+        part.file.write(start, _memory(records, np.arange(n, dtype=np.int64)))
         part.n_written = part.n_started = part.n_kept = start + n
 
     def flush(self) -> None:
@@ -145,13 +145,17 @@ class _Part:
 
     def __init__(self, backend: Backend, shape: RecordShape, file: RecordFile) -> None:
         self.file = file
-        self.waiting = Records(backend, shape, _N_WAITING, "records that wait for the disk")
+        self.waiting = Records(backend, shape, N_WAITING, "records that wait for the disk")
         self.n_written = self.n_started = self.n_kept = 0
         self.writing: list[Future[None]] = []
 
     def write(self, start: int, end: int) -> None:
-        self.file.write(start, [self.waiting.rows[position % _N_WAITING] for position in range(start, end)])
+        self.file.write(start, _memory(self.waiting, np.arange(start, end, dtype=np.int64) % N_WAITING))
         self.n_written = end
+
+
+def _memory(records: Records, rows: Positions) -> list[memoryview]:
+    return [records.rows[row].data for row in rows.tolist()]
 
 
 def temporary_files(directory: Path) -> Callable[[str, int, int], RecordFile]:

@@ -88,6 +88,11 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     return f"Did you mean {near[0]}? " if near else ""
 
 
+def kv_budget(text: str) -> int | str:
+    """`512`, `2k` or `full`: how many cached tokens a step attends to."""
+    return text if text == "full" else token_count(text)
+
+
 def whole(text: str) -> int:
     """A whole number from 1 on."""
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 12 else 0
@@ -126,6 +131,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
                        help="memory for the whole process, such as 600M; weights beyond it stream from disk")
     group.add_argument("--threads", type=whole, metavar="N", help="threads that compute (default: physical cores)")
     group.add_argument("--kv-type", choices=("f16", "q8_0"), default="f16", help="precision of the KV cache")
+    group.add_argument("--kv-budget", type=kv_budget, metavar="N",
+                       help="cached tokens that a step attends to, chosen anew for each; full is all of them "
+                            "(default: all, unless --memory has no room for a long --context)")
+    group.add_argument("--kv-store", type=Path, metavar="DIR",
+                       help="where keys and values lie that have no room in memory")
     group.add_argument("--layout", choices=("auto", "plain", "repack"), default="auto",
                        help="layout of the weights; auto takes what is fastest here")
     group.add_argument("--batch", type=whole, default=512, metavar="N", help="tokens that prefill at once (512)")
@@ -169,4 +179,5 @@ def open_runtime(args: argparse.Namespace, context: int | None, trace: Path | No
 
     return Runtime.load(args.model, memory=args.memory, context=context, threads=args.threads, batch=args.batch,
                         kv_type=args.kv_type, layout=args.layout, models_dirs=args.models_dir, trace=trace,
-                        speculate=speculate, cluster=cluster_options(args))
+                        speculate=speculate, cluster=cluster_options(args), kv_budget=args.kv_budget,
+                        kv_store=args.kv_store)

@@ -113,7 +113,7 @@ def _options(args: argparse.Namespace) -> EngineOptions:
     from edgert.planning import EngineOptions
 
     return EngineOptions(args.memory, args.context, args.threads or usable_cores(), args.batch, args.kv_type,
-                         args.layout)
+                         args.layout, kv_budget=args.kv_budget, kv_store=args.kv_store)
 
 
 def _calibrate(planning: Planning) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from edgert.memory.model import repacked_bytes
+from edgert.memory.kv import KVSizes
+from edgert.memory.model import repacked_bytes, token_bytes
 from edgert.memory.planner import Plan, budget_for, make_plan, predict_pass, read_bytes, smallest_budget
 from edgert.memory.profile import DeviceProfile, Limit
 
@@ -51,6 +52,7 @@ class Report:
     smallest_budget_bytes: int
     target: Target | None
     device: DeviceProfile
+    kv: KVSizes | None  # where steps attend to a set of tokens
 
     @classmethod
     def of(cls, planning: Planning, prompt_tokens: int, target_tok_s: float | None = None,
@@ -73,7 +75,7 @@ class Report:
                    read_bytes(demand, plan.sizes),
                    {"read": middle.read_s, "multiply": middle.multiply_s, "attend": middle.attend_s,
                     "overhead": middle.overhead_s}, 1 / predict_pass(demand, device, more, 1, context // 2).total_s,
-                   smallest_budget(demand), target, device)
+                   smallest_budget(demand), target, device, demand.shape.kv)
 
     def to_dict(self) -> dict[str, Any]:
         """One object for `--json`, bytes and seconds."""
@@ -85,7 +87,8 @@ class Report:
             "expert_slots": sizes.pool_slots, "part_tokens": sizes.part_tokens,
             "streamed_bytes_per_pass": plan.streamed_bytes,
             "expected_read_bytes_per_token": round(self.read_bytes),
-            "kv_bytes": plan.kv_bytes, "peak_bytes": plan.peak_bytes, "memory": dict(self.memory),
+            "kv_bytes": plan.kv_bytes, "kv": None if self.kv is None else asdict(self.kv),
+            "peak_bytes": plan.peak_bytes, "memory": dict(self.memory),
             "stages": [asdict(stage) for stage in plan.stages],
             "predicted_tok_s": self.tok_s, "predicted_tok_s_empty": self.tok_s_empty,
             "predicted_tok_s_full": self.tok_s_full, "prompt_tokens": self.prompt_tokens,
@@ -108,7 +111,7 @@ def _memory(planning: Planning, plan: Plan) -> dict[str, int]:
     else:
         parts = {"weights, pinned": sizes.pinned_bytes, "window": sizes.window_bytes,
                  "experts": sizes.pool_slots * shape.slot_bytes, "KV cache": plan.kv_bytes,
-                 "hidden states": plan.context_length * shape.hidden_bytes_per_token,
+                 "hidden states": token_bytes(shape, plan.context_length) - plan.kv_bytes,
                  "compute buffers": overheads.compute_bytes[sizes.part_tokens],
                  "embedding rows": overheads.embedding_bytes, "process": process}
     return {name: n_bytes for name, n_bytes in parts.items() if n_bytes}

@@ -86,6 +86,11 @@ class Engine:
     def _forward(self, states: Sequence[State]) -> None:
         forward(states, self.arch, self.weights, self.kv, self.collective, self._features)
 
+    @property
+    def selected_tokens(self) -> int | None:
+        """How many cached tokens the last step attended to; None where steps attend to all of them."""
+        return None
+
     def plan(self) -> dict[str, Any]:
         """How this model runs here, for people and for `--json`."""
         return self.weights.plan()

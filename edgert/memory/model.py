@@ -72,14 +72,18 @@ def kv_bytes(shape: ModelShape, n_tokens: int) -> int:
     """Memory of the dense cache that holds `n_tokens`.
 
     n_tokens, up to the next multiple of 256, times 2 (K and V) * n_layers * KV heads * head size * bytes of a value.
-    Tiers of a later cache take their place here.
+    Where steps attend to a set of tokens, as edgert/memory/kv.py says.
     """
+    if shape.kv is not None:
+        return shape.kv.bytes(shape.kv_bytes_per_token, n_tokens)
     return -(-n_tokens // CELLS_PER_BUCKET) * CELLS_PER_BUCKET * shape.kv_bytes_per_token
 
 
 def token_bytes(shape: ModelShape, n_tokens: int) -> int:
-    """What a text of `n_tokens` takes where weights stream: KV, and n_tokens * the hidden state between two layers."""
-    return kv_bytes(shape, n_tokens) + n_tokens * shape.hidden_bytes_per_token
+    """What a text of `n_tokens` takes where weights stream: KV, and n_tokens * the hidden state between two layers
+    (which KV on disk has counted for those that pass together)."""
+    passing = 0 if shape.kv is not None and shape.kv.tier == "disk" else n_tokens
+    return kv_bytes(shape, n_tokens) + passing * shape.hidden_bytes_per_token
 
 
 def repacked_bytes(shape: ModelShape, sizes: Sizes) -> int:
@@ -202,7 +206,8 @@ def _batches(n_tokens: int, batch_size: int) -> list[int]:
 
 def _attend(shape: ModelShape, profile: DeviceProfile, n_tokens: int, n_cached: int) -> float:
     """2 (K and V) * heads * head size * cached tokens that each token sees, summed over layers."""
-    seen = n_tokens * (n_cached + (n_tokens + 1) / 2)
+    n_seen = n_cached if shape.kv is None or n_tokens > 1 else shape.kv.attended(n_cached)
+    seen = n_tokens * (n_seen + (n_tokens + 1) / 2)
     n_full = shape.n_layers - shape.n_window_layers
     in_window = min(seen, n_tokens * shape.window)
     products = 2 * shape.n_heads * shape.head_dim * (n_full * seen + shape.n_window_layers * in_window)

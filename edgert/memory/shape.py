@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edgert.memory.kv import KVSizes
+
 Phase = Literal["prefill", "decode"]
 
 
@@ -39,6 +41,7 @@ class ModelShape:
     slot_bytes: int = 0  # one expert in a pool of slots, where weights stream
     least_slots: int = 0
     kept_bytes_per_token: int = 0  # experts' outputs, where a pool holds less than a layer
+    kv: KVSizes | None = None  # where steps attend to a set of tokens
 
     @property
     def n_slots(self) -> int:

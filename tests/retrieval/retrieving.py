@@ -25,6 +25,7 @@ from retrieval.selectors import HeadSelector, PageSelector, Selector
 from retrieval.store import DiskTier, temporary_files
 
 FROM_TOKENS = 200
+PLAIN = Layouts({"prefill": frozenset(), "decode": frozenset()})
 
 
 class RandomHead:
@@ -58,8 +59,8 @@ def page_selector(hp: Hyperparameters, context_length: int) -> Selector:
 def open_dense(path: Path, context_length: int = 1024, **options: Any) -> Iterator[Engine]:
     file = ModelFile.open(path)
     arch, backend = open_architecture(file), Backend(1)
-    engine = Engine(arch, ResidentWeights(backend, file, arch, Layouts({"prefill": frozenset(), "decode": frozenset()})),
-                    DenseKVCache(backend, arch.hp, context_length), backend, **options)
+    weights = ResidentWeights(backend, file, arch, PLAIN)
+    engine = Engine(arch, weights, DenseKVCache(backend, arch.hp, context_length), backend, **options)
     try:
         yield engine
     finally:
@@ -78,7 +79,7 @@ def open_retrieving(path: Path, store: Path | None = None, *, policy: Policy | N
     dense = DenseKVCache(backend, arch.hp, context_length if store is None else from_tokens)
     kv = RetrievedKVCache(backend, arch.hp, dense, selector(arch.hp, context_length), policy, from_tokens,
                           context_length=context_length, disk=disk)
-    weights = ResidentWeights(backend, file, arch, Layouts({"prefill": frozenset(), "decode": frozenset()}))
+    weights = ResidentWeights(backend, file, arch, PLAIN)
     engine = RetrievalEngine(arch, weights, kv, backend, store=store or Path(), **options)
     try:
         yield engine

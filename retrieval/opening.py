@@ -1,0 +1,40 @@
+"""Opens an engine whose steps attend to a set of tokens, of the sizes that a plan says."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from edgert.architectures.base import Architecture
+from edgert.engine.blockwise import BlockwiseGraphs
+from edgert.engine.kv_cache import DenseKVCache
+from edgert.engine.retrieval_head import RetrievalHead
+from edgert.engine.trace import OFF, Trace
+from edgert.engine.weights import WeightSource
+from edgert.ggml.backend import Backend
+from edgert.memory.kv import KVSizes
+from retrieval.cache import RetrievedKVCache, observed_layers
+from retrieval.engine import RetrievalEngine
+from retrieval.selectors import HeadSelector, PageSelector, Selector
+from retrieval.sizes import policy_for
+from retrieval.store import DiskTier, temporary_files
+
+_log = logging.getLogger(__name__)
+
+
+def open_retrieval(arch: Architecture, weights: WeightSource, dense: DenseKVCache, backend: Backend, sizes: KVSizes,
+                   head: RetrievalHead | None, store: Path, *, batch_size: int = 512,
+                   graphs: BlockwiseGraphs | None = None, trace: Trace = OFF) -> RetrievalEngine:
+    """The engine owns everything that it is given. Raises KVStoreError, NoSpace, OutOfMemory."""
+    hp, context_length = arch.hp, dense.context_length
+    selector: Selector
+    if head is None:
+        _log.info("this model has no retrieval head: bounds on its keys choose the tokens that a step attends to")
+        selector = PageSelector(observed_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)
+    else:
+        selector = HeadSelector(head, context_length)
+    disk = None
+    if sizes.tier == "disk":
+        disk = DiskTier(backend, hp, context_length, temporary_files(store))
+    kv = RetrievedKVCache(backend, hp, dense, selector, policy_for(sizes.budget), sizes.from_tokens, disk=disk)
+    return RetrievalEngine(arch, weights, kv, backend, store=store, batch_size=batch_size, graphs=graphs, trace=trace)
