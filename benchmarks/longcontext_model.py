@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,7 +77,7 @@ class SparseModel:
         self._allocator = Allocator(self._backend)
         batch = Batch(np.zeros(1, np.int32), 0)
         self._state = TappedState(self.arch, self._attention, batch, self.feature_layers)  # type: ignore[arg-type]
-        forward([self._state], self.arch, self._teacher.weights, Solo())
+        forward([self._state], self.arch, self._teacher.weights, self._attention, Solo())  # type: ignore[arg-type]
         self._allocator.alloc(self._state.graph)
 
     def prefill(self, token_ids: NDArray[np.int32], n_queries: int = 64) -> Snapshot:
@@ -152,6 +153,9 @@ class _PythonAttention:
 
     def inputs(self) -> list[Tensor]:
         return []
+
+    def lease(self, layer: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def write(self, inputs: _PythonAttention, batch: Batch) -> None:
         """Nothing is an input."""

@@ -25,7 +25,7 @@ from retrieval.head import save_head
 from retrieval.head_card import HeadCard
 
 _HELD_OUT_SHARE = 1 / 12  # of the texts
-_CAPTURE_SHARE = 0.75  # of the time; an epoch takes a few percent of what capturing its examples took
+_CAPTURE_SHARE = 0.6  # of the time; an epoch takes some percent of what capturing its examples took
 _MAX_EXAMPLES = 4096  # of 10 MiB each for a small model
 _LEAST_EXAMPLES, _LEAST_DOCUMENTS = 2, 12
 
@@ -40,9 +40,9 @@ class Options:
     directories: Sequence[Path] = ()
     n_threads: int = 1
     n_examples: int = 0
+    recipe: Recipe = field(default_factory=Recipe)
     n_held_out: int = 8
     n_tokens: int = N_TOKENS  # of a sequence
-    recipe: Recipe = field(default_factory=Recipe)
 
 
 def distil(model: ModelFile, encode: Encode, options: Options, say: Callable[[str], None]) -> HeadCard:

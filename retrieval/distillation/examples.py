@@ -19,10 +19,12 @@ from retrieval.distillation.teacher import Teacher
 from retrieval.distillation.text import Document
 
 Encode = Callable[[str], list[int]]
-N_TOKENS = 2048
+# Of a sequence. The teacher's attention costs the square of it, so short ones show more facts in the same time; gaps in
+# the positions (training.py) stand for longer contexts.
+N_TOKENS = 1024
 RUN = 32  # queries are consecutive tokens, so that what the step before attended to is known
 _SYNTHETIC_SHARE = 0.35
-_FILLER_SHARE = 0.8  # of a synthetic sequence's tokens
+_FILLER_SHARE = 0.6  # of a synthetic sequence's tokens
 _N_TEXT_RUNS = 24
 _MAX_QUERIES = 1024
 HELD_OUT_KINDS = (1, 4, 7)  # kinds of facts that only held-out sequences have
@@ -62,8 +64,8 @@ class Sequences:
     n_tokens: int = N_TOKENS
 
     def make(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8], bool]:
-        """Token ids and roles, and whether it is synthetic. Some of those held out are longer than any that is learned
-        from: attention's cost grows with the square, and a head reaches further by gaps in its positions."""
+        """Token ids and roles, and whether it is synthetic. Some of those held out are longer than what is learned
+        from."""
         rng = Random(f"{self.seed}/{self.held_out}/{index}")
         n_tokens = 2 * self.n_tokens if self.held_out and index % 6 == 5 else self.n_tokens
         is_synthetic = (index * 7 % 20) < 20 * _SYNTHETIC_SHARE

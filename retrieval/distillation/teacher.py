@@ -69,7 +69,7 @@ class Teacher:
         for batch in split(token_ids, 0, _BATCH_TOKENS):
             state = TappedState(self.arch, self._kv, batch, self.layers)
             try:
-                forward([state], self.arch, self.weights, Solo())
+                forward([state], self.arch, self.weights, self._kv, Solo())
                 self._allocator.alloc(state.graph)
                 state.inputs.write(self._kv, batch)
                 self.backend.compute(state.graph)

@@ -29,7 +29,7 @@ class Recipe:
 
     dim: int = 64
     n_epochs: int = 12
-    rate: float = 1e-3
+    rate: float = 2e-3
     patience: int = 4
     seed: int = 7
 

@@ -98,8 +98,8 @@ def _edit_graph(change: Callable[[bytes], bytes], name: str = PROJECT) -> Callab
 
 
 def _nan(raw: bytes) -> bytes:
-    at = raw.index(b"query_bias", raw.index(b"query_weight")) + len(b"query_bias") + 4
-    return raw[:at] + b"\xff" * 8 + raw[at + 8:]
+    at = raw.rindex(b"query_bias") + len(b"query_bias") + 2  # behind the field's tag and its length
+    return raw[:at] + b"\xff" * 4 + raw[at + 4:]
 
 
 _EVIL = OnnxGraph("score", [Node("Loop", ("keys", "query"), ("scores",))], {}, {"query": (_DIM,), "keys": ("n", _DIM)},
@@ -115,7 +115,7 @@ _EVIL = OnnxGraph("score", [Node("Loop", ("keys", "query"), ("scores",))], {}, {
     (_edit_card(feature_layers=[2, 1]), "feature layers"),
     (_edit_card(feature_layers=[1, 3]), "feature layers"),
     (_edit_card(feature_layers=[1]), "expected float16"),
-    (_edit_card(dim=8), "more than"),
+    (_edit_card(dim=8), "expected float16"),
     (_edit_card(more=1), "fields"),
     (lambda d: (d / CARD).write_bytes(b"[" * 60_000), "no JSON"),
     (lambda d: (d / CARD).write_bytes(b" " * 100_000), "more than"),
