@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -97,16 +97,19 @@ class Training:
             total += float(loss)
         return total / len(self._train)
 
+    def _plan(self) -> dict[str, float]:
+        return {**asdict(self._recipe), "n_examples": len(self._train)}
+
     def _save(self) -> None:
         partial = self._checkpoint.with_suffix(".partial")
         torch.save({"network": self.network.state_dict(), "optimiser": self._optimiser.state_dict(), "best": self._best,
                     "counters": [self._done, self._best_epoch], "best_score": self._best_score,
-                    "n_examples": len(self._train)}, partial)
+                    "of": self._plan()}, partial)
         partial.replace(self._checkpoint)
 
     def _resume(self) -> None:
         saved = torch.load(self._checkpoint, weights_only=True)
-        if saved["n_examples"] != len(self._train):  # more was captured since: the schedule is another
+        if saved["of"] != self._plan():  # another recipe, or more was captured since: the schedule is another
             return
         self.network.load_state_dict(saved["network"])
         self._optimiser.load_state_dict(saved["optimiser"])

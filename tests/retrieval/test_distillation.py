@@ -10,6 +10,8 @@ import pytest
 from retrieving import open_dense
 from tiny_models import write_tiny_model
 
+pytest.importorskip("torch", reason="needs torch: pip install 'edgert[distill]'")
+
 from edgert.architectures.registry import open_architecture
 from edgert.errors import UsageError
 from edgert.gguf.model_file import ModelFile

@@ -11,6 +11,8 @@ import pytest
 from retrieving import random_tokens
 from tiny_models import write_tiny_model
 
+pytest.importorskip("torch", reason="needs torch: pip install 'edgert[distill]'")
+
 from edgert.architectures.registry import open_architecture
 from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import DenseKVCache
