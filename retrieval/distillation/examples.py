@@ -23,7 +23,7 @@ Encode = Callable[[str], list[int]]
 # the positions (training.py) stand for longer contexts.
 N_TOKENS = 1024
 RUN = 32  # queries are consecutive tokens, so that what the step before attended to is known
-_SYNTHETIC_SHARE = 0.35
+_SYNTHETIC_SHARE, _CODE_SHARE = 0.35, 0.4  # of the sequences
 _FILLER_SHARE = 0.6  # of a synthetic sequence's tokens
 _N_TEXT_RUNS = 24
 _MAX_QUERIES = 1024
@@ -69,8 +69,8 @@ class Sequences:
         rng = Random(f"{self.seed}/{self.held_out}/{index}")
         n_tokens = 2 * self.n_tokens if self.held_out and index % 6 == 5 else self.n_tokens
         is_synthetic = (index * 7 % 20) < 20 * _SYNTHETIC_SHARE
-        # Prose and code by turns, whatever there is more of.
-        kind = [d for d in self.documents if d.is_code == (rng.random() < 0.4)] or self.documents
+        is_code = rng.random() < _CODE_SHARE  # whatever there is more of
+        kind = [document for document in self.documents if document.is_code == is_code] or self.documents
         filler = self._filler(kind, rng, 6 * n_tokens)
         if not is_synthetic:
             return *self._encoded([Piece(filler)], n_tokens, from_end=False), False
