@@ -94,7 +94,7 @@ class Training:
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), _MAX_NORM)
             self._optimiser.step()
-            total += float(loss)
+            total += float(loss.detach())
         return total / len(self._train)
 
     def _plan(self) -> dict[str, float]:

@@ -18,9 +18,10 @@ from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.engine.layouts import Layouts
 from edgert.engine.resident import ResidentWeights
+from edgert.ggml.abi import TYPE_F16
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
-from retrieval.distillation import synthetic
+from retrieval.distillation import synthetic, teacher_weights
 from retrieval.distillation.text import Document
 from retrieval.masked import MaskedKVCache
 
@@ -47,7 +48,8 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return write_tiny_model(target, request.param, n_layers=4, quantisation="F16")
 
 
-def test_steps_over_a_set_are_those_of_the_engine_with_a_mask(path: Path) -> None:
+def test_steps_over_a_set_are_those_of_the_engine_with_a_mask(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_weights, "_speed", lambda _, type_id: float(type_id == TYPE_F16))  # as in the file
     prompt, steps = random_tokens(300, 1), random_tokens(6, 2)
     model = SparseModel(ModelFile.open(path), 400, 1)
     snapshot = model.prefill(np.array(prompt, np.int32))
