@@ -163,7 +163,9 @@ def full_attention(snapshot: Snapshot, layer: int) -> Floats:
 
 
 class Quest(Base):
-    """Per layer and KV head, pages of 16 by the upper bound of their keys (Quest, arXiv 2406.10774)."""
+    """Per layer and KV head, pages of 16 by the upper bound of their keys (Quest, arXiv 2406.10774), each head's bounds
+    as shares of its attention, so that no head outvotes the others of its group. The first page and the last two are
+    always in the set."""
 
     PAGE = 16
 
@@ -180,11 +182,14 @@ class Quest(Base):
         if n_cached <= self.budget:
             return None
         low, high = self._bounds[layer]  # (n_kv_heads, n_pages, head_dim)
-        q = queries.reshape(len(low), -1, 1, queries.shape[1])
-        bounds = np.maximum(q * low[:, None], q * high[:, None]).sum(-1).max(1)  # (n_kv_heads, n_pages)
+        q = queries.reshape(len(low), -1, 1, queries.shape[1]) * np.float32(self.snapshot.scale)
+        bounds = np.maximum(q * low[:, None], q * high[:, None]).sum(-1)  # (n_kv_heads, heads of each, n_pages)
+        shares = np.exp(bounds - bounds.max(-1, keepdims=True))
+        shares = (shares / shares.sum(-1, keepdims=True)).max(1)
+        shares[:, [0, -2, -1]] = np.inf
         tail = np.arange(self._n_pages * self.PAGE, n_cached)  # tokens of no whole page are recent: always seen
         n_chosen = max(1, (self.budget - len(tail)) // self.PAGE)
-        pages = np.sort(np.argpartition(-bounds, min(n_chosen, self._n_pages) - 1, 1)[:, :n_chosen], 1)
+        pages = np.sort(np.argpartition(-shares, min(n_chosen, self._n_pages) - 1, 1)[:, :n_chosen], 1)
         rows = (pages[:, :, None] * self.PAGE + np.arange(self.PAGE)).reshape(len(pages), -1)
         return np.concatenate([rows, np.broadcast_to(tail, (len(rows), len(tail)))], 1)
 
