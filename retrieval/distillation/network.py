@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from retrieval.distillation.examples import Example
 from retrieval.distillation.synthetic import ANSWER, FACT
@@ -17,12 +18,19 @@ _SHARP_WEIGHT, _ANSWER_WEIGHT = 2.0, 2.0
 
 
 class Network(torch.nn.Module):
-    """Scores of every cached token for every query."""
+    """Scores of every cached token for every query.
 
-    def __init__(self, n_features: int, dim: int, seed: int) -> None:
+    It learns from features less their `mean` and over their `spread` (n_features,): in a residual stream's few huge
+    values, constant over tokens, lies most of its norm and nothing to learn. A head's file has them in its weights.
+    """
+
+    def __init__(self, n_features: int, dim: int, seed: int, mean: torch.Tensor | None = None,
+                 spread: torch.Tensor | None = None) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.dim = dim
+        self.register_buffer("mean", torch.zeros(n_features) if mean is None else mean)
+        self.register_buffer("spread", torch.ones(n_features) if spread is None else spread)
         self.query, self.key = torch.nn.Linear(n_features, dim), torch.nn.Linear(n_features, dim)
         n_pairs = dim // 2
         self.register_buffer("frequencies", _BASE ** (-torch.arange(n_pairs) / n_pairs))
@@ -30,26 +38,36 @@ class Network(torch.nn.Module):
     def forward(self, queries: torch.Tensor, at: torch.Tensor, keys: torch.Tensor,
                 positions: torch.Tensor) -> torch.Tensor:
         """(n_queries, n_tokens) of features (n_queries, n_features) and (n_tokens, n_features) and their positions."""
-        q, k = self._rotated(self.query(queries), at), self._rotated(self.key(keys), positions)
+        q = self._rotated(self._linear(self.query, queries), at)
+        k = self._rotated(self._linear(self.key, keys), positions)
         return q @ k.T / self.dim ** 0.5
 
+    def _linear(self, linear: torch.nn.Linear, features: torch.Tensor) -> torch.Tensor:
+        mean, spread = self._buffer("mean"), self._buffer("spread")
+        # The features stay as they are: there are far more of them than weights.
+        weight = linear.weight / spread
+        return features @ weight.T + (linear.bias - weight @ mean)
+
+    def _buffer(self, name: str) -> torch.Tensor:
+        buffer: torch.Tensor = getattr(self, name)
+        return buffer
+
     def _rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        frequencies: torch.Tensor = self.frequencies  # type: ignore[assignment]
+        frequencies = self._buffer("frequencies")
         n, angles = len(frequencies), positions[:, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
         a, b = x[:, :n], x[:, n:2 * n]
         return torch.cat([a * cos - b * sin, a * sin + b * cos, x[:, 2 * n:]], 1)
 
     def parameters_of_head(self) -> HeadParameters:
-        """As they are written to a file, scores' scale in the query's."""
-        scale = {"query": self.dim ** -0.5, "key": 1.0}
-        linears = {"query": self.query, "key": self.key}
-        frequencies: torch.Tensor = self.frequencies  # type: ignore[assignment]
-        return HeadParameters(
-            {name: (linear.weight.detach().T * scale[name]).numpy().astype(np.float16)
-             for name, linear in linears.items()},
-            {name: (linear.bias.detach() * scale[name]).numpy().astype(np.float32)
-             for name, linear in linears.items()}, frequencies.numpy().astype(np.float32))
+        """As they are written to a file: mean and spread in the weights, scores' scale in the query's."""
+        weights, biases = dict[str, NDArray[np.float16]](), dict[str, NDArray[np.float32]]()
+        for name, linear, scale in (("query", self.query, self.dim ** -0.5), ("key", self.key, 1.0)):
+            weight = (linear.weight.detach() / self._buffer("spread") * scale).T.numpy().astype(np.float16)
+            shift = self._buffer("mean").numpy() @ weight.astype(np.float32)  # of the rounded weights
+            weights[name] = weight
+            biases[name] = (linear.bias.detach().numpy() * scale - shift).astype(np.float32)
+        return HeadParameters(weights, biases, self._buffer("frequencies").numpy().astype(np.float32))
 
 
 class Lesson:

@@ -20,6 +20,7 @@ from retrieval.distillation.quality import Quality, quality_of
 
 _WARM_UP_STEPS, _LEAST_RATE_SHARE, _MAX_NORM = 50, 0.05, 1.0
 _GAP_TOKENS, _GAP_SHARE = 4096, 0.5  # PoSE, arXiv 2309.10400: positions jump, so far distances are seen
+_N_COUNTED, _LEAST_SPREAD = 16, 0.05  # examples; of a token's features the root mean square is 1
 QUALITY_BUDGET = 128
 
 
@@ -29,7 +30,7 @@ class Recipe:
 
     dim: int = 64
     n_epochs: int = 12
-    rate: float = 2e-3
+    rate: float = 1e-3
     patience: int = 4
     seed: int = 7
 
@@ -50,8 +51,8 @@ class Training:
     def __init__(self, train: Sequence[Path], held_out: Sequence[Path], recipe: Recipe, checkpoint: Path) -> None:
         self._train, self._recipe, self._checkpoint = list(train), recipe, checkpoint
         self.held_out = [Lesson(Example.load(path)) for path in held_out]
-        n_features = self.held_out[0].features.shape[1]
-        self.network = Network(n_features, recipe.dim, recipe.seed)
+        mean, spread = _statistics(self._train)
+        self.network = Network(len(mean), recipe.dim, recipe.seed, mean, spread)
         self._optimiser = torch.optim.AdamW(self.network.parameters(), recipe.rate, betas=(0.9, 0.98),
                                             weight_decay=1e-4)
         self._done, self._best_epoch, self._best_score = 0, -1, -math.inf
@@ -69,7 +70,8 @@ class Training:
         while self._done < self._recipe.n_epochs and not self._is_past_its_best():
             loss = self._epoch(self._done)
             quality = quality_of(self.network, self.held_out, QUALITY_BUDGET)
-            is_best = quality.score > self._best_score or self._done < self._recipe.n_epochs // 2
+            is_early = self._done < self._recipe.n_epochs // 2
+            is_best = is_early or quality.score > self._best_score
             if is_best:
                 self._best_epoch, self._best_score = self._done, quality.score
                 self._best = {name: value.clone() for name, value in self.network.state_dict().items()}
@@ -82,7 +84,7 @@ class Training:
         return quality_of(self.network, self.held_out, QUALITY_BUDGET)
 
     def _is_past_its_best(self) -> bool:
-        """Whether it is time to stop. In the first half, at high rates, a better figure is luck: the last one counts."""
+        """Whether to stop. In the first half, at high rates, a better figure is luck: the last one counts."""
         return self._done - self._best_epoch > self._recipe.patience
 
     def _epoch(self, number: int) -> float:
@@ -119,6 +121,13 @@ class Training:
         self._optimiser.load_state_dict(saved["optimiser"])
         self._done, self._best_epoch = saved["counters"]
         self._best, self._best_score = saved["best"], saved["best_score"]
+
+
+def _statistics(paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and spread of each feature, over some examples."""
+    features = np.concatenate([Example.load(path).features for path in paths[:_N_COUNTED]]).astype(np.float32)
+    spread = np.maximum(features.std(0), _LEAST_SPREAD)
+    return torch.from_numpy(features.mean(0)), torch.from_numpy(spread)
 
 
 def _rate_share(step: int, n_steps: int) -> float:
