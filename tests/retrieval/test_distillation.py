@@ -12,11 +12,14 @@ from tiny_models import write_tiny_model
 
 pytest.importorskip("torch", reason="needs torch: pip install 'edgert[distill]'")
 
+import torch
+
 from edgert.architectures.registry import open_architecture
 from edgert.errors import UsageError
 from edgert.gguf.model_file import ModelFile
 from retrieval.distillation.distil import Options, distil
 from retrieval.distillation.examples import HELD_OUT_KINDS, Example, Sequences
+from retrieval.distillation.network import Network
 from retrieval.distillation.synthetic import ANSWER, FACT, N_KINDS, compose
 from retrieval.distillation.targets import N_KEPT, targets_of
 from retrieval.distillation.teacher import Teacher
@@ -24,6 +27,7 @@ from retrieval.distillation.teacher_weights import bfloat16
 from retrieval.distillation.text import Document, documents
 from retrieval.distillation.training import Recipe
 from retrieval.head import CARD, PROJECT, open_head
+from retrieval.head_graphs import NumpyHead
 
 _FILLER = "\n".join(f"Line {i} says that {i * i} follows from {i}, as everybody knows." for i in range(200))
 
@@ -172,3 +176,18 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
     values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -2.5, 1 + 2**-8 + 2**-20], np.float32)
     restored = (bfloat16(values).astype(np.uint32) << 16).view(np.float32)
     assert restored.tolist() == [1.0, 1.0, 1 + 4 * 2**-8, -2.5, 1 + 2 * 2**-8]
+
+
+def test_the_written_head_scores_as_the_network_did() -> None:
+    rng = np.random.default_rng(4)
+    mean, spread = rng.normal(0, 3, 48).astype(np.float32), rng.uniform(0.1, 2, 48).astype(np.float32)
+    network = Network(48, 16, 1, torch.from_numpy(mean), torch.from_numpy(spread))
+    features = (mean + spread * rng.normal(0, 1, (20, 48))).astype(np.float32)
+    positions = np.arange(20, dtype=np.int64)
+    tensor, at = torch.from_numpy(features), torch.from_numpy(positions.astype(np.float32))
+    with torch.no_grad():
+        expected = network(tensor, at, tensor, at).numpy()
+    head = NumpyHead(network.parameters_of_head())
+    queries, keys = (head.project(name, features, positions) for name in ("query", "key"))
+    found = np.stack([head.score(query, keys) for query in queries])
+    assert np.abs(found - expected).max() < 0.02 * expected.std() + 0.01

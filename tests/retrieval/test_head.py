@@ -150,3 +150,10 @@ def test_no_damaged_byte_reaches_the_runner(saved: Path, model: tuple[ModelFile,
         except HeadRefused:
             n_refused += 1
     assert n_refused > 100
+
+
+def test_every_head_that_ships_is_found_by_its_model(real_model: Callable[[str], Path]) -> None:
+    for name in ("smollm2-135m",):
+        file = ModelFile.open(real_model(name))
+        head = find_head(file, open_architecture(file).hp)
+        assert head is not None and head.card.data["examples"] > 0 and head.card.quality["coverage_at_128"] > 0.8
