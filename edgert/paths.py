@@ -18,6 +18,11 @@ class Paths:
     config: Path
     cache: Path
 
+    @property
+    def sessions(self) -> Path:
+        """Keys and values of conversations that go on later."""
+        return self.models.parent / "sessions"
+
     @classmethod
     def of_user(cls) -> Paths:
         home = os.environ.get("EDGERT_HOME")

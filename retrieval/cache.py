@@ -25,6 +25,7 @@ from retrieval.cold import ColdTier, DenseTier
 from retrieval.graph import Observation
 from retrieval.hot import HotKVCache, slots_for
 from retrieval.masked import MaskedKVCache
+from retrieval.records import Records
 from retrieval.selection import Policy, Selection, Survivors, select
 from retrieval.selectors import Halves, Selector
 from retrieval.staged import LayerFile, StagedKVCache, from_records, in_blocks, record_blocks, to_records
@@ -183,6 +184,24 @@ class RetrievedKVCache:
                 self.cold.fetch(records, rows, positions)
                 self._near.keep(records, rows, positions)
         self.dense.length = end
+
+    def holder(self) -> ColdTier:
+        """Who has all tokens now."""
+        if self.disk is None or self.dense.length == self.length:
+            return self._near
+        return self.cold
+
+    def fill(self, blocks: Sequence[Records], first: int, n: int, n_tokens: int) -> None:
+        """The next `n` tokens of a text of `n_tokens`, from `first` on, are in these blocks."""
+        is_near = self.disk is None or n_tokens <= self.from_tokens
+        for records in blocks:
+            (self._near if is_near else self.cold).write_through(records, first, n)
+            layers = records.shape.layers
+            self.show_keys(first, {layer: records.values()[:n, layers.index(layer), 0]
+                                   for layer in self.selector.key_layers if layer in layers})
+        self.length = first + n
+        if is_near:
+            self.dense.length = first + n
 
     @contextmanager
     def staging(self, directory: Path, start: int, end: int) -> Iterator[StagedKVCache]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from edgert.architectures.base import Architecture
@@ -32,9 +33,12 @@ def open_retrieval(arch: Architecture, weights: WeightSource, dense: DenseKVCach
         _log.info("this model has no retrieval head: bounds on its keys choose the tokens that a step attends to")
         selector = PageSelector(observed_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)
     else:
-        selector = HeadSelector(head, context_length)
+        selector = HeadSelector(head, context_length, hp.hidden_size)
     disk = None
     if sizes.tier == "disk":
         disk = DiskTier(backend, hp, context_length, temporary_files(store))
-    kv = RetrievedKVCache(backend, hp, dense, selector, policy_for(sizes.budget), sizes.from_tokens, disk=disk)
+    policy = policy_for(sizes.budget)
+    if head is None:
+        policy = replace(policy, most=0, least_mass=0.0)  # bounds are no distribution that could tell how sure they are
+    kv = RetrievedKVCache(backend, hp, dense, selector, policy, sizes.from_tokens, disk=disk)
     return RetrievalEngine(arch, weights, kv, backend, store=store, batch_size=batch_size, graphs=graphs, trace=trace)
