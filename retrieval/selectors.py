@@ -134,7 +134,7 @@ class PageSelector:
     """No training: pages of 16 tokens, bounded by their keys' least and greatest values in a few layers.
 
     A page's score is the share of attention that its best key could have, by the queries that were seen last, in the
-    head that gives it most. Forgotten tokens widen a page's bounds until they are replaced.
+    head that gives it most. A page is made anew by keys that begin with its first.
     """
 
     name = "pages"

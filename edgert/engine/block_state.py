@@ -61,7 +61,7 @@ class BlockState:
         def function(g: Graph, weights: Weights, x: Tensor, *stand_ins: Tensor) -> Tensor:
             return self._arch.attention(g, layer, weights, x, inputs.standing_for(stand_ins))
 
-        kind = ("attention", self._arch.layer_kind(layer), kv.bucket(self.batch))
+        kind = ("attention", self._arch.layer_kind(layer), inputs.kv.variant(layer), kv.bucket(self.batch))
         self._compute(function, kind, w, sources, partial)
         return partial
 
