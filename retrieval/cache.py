@@ -273,7 +273,7 @@ class RetrievedKVCache:
         """A dense pass over the last of several batches has ended."""
         start = self.dense.length
         self.dense.commit(batch)
-        self.length = batch.end
+        self.length, self.n_attended = batch.end, None
         self.show_keys(start, {layer: self._near.keys(layer, start, batch.end) for layer in self.selector.key_layers})
 
     def truncate(self, n_tokens: int) -> None:
