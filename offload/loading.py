@@ -115,6 +115,7 @@ def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv
     headers = Headers(backend, pieces, model, batch_size, _most_slots(pieces, arch, budget_bytes))
     n_tokens, compute_bytes = min(batch_size, kv.context_length), dict[int, int]()
     parts = PART_TOKENS[-1:] if is_shard else PART_TOKENS[:1] if arch.hp.n_experts else PART_TOKENS
+    graphs.is_alone = not is_shard
     try:
         fused_bytes = 0 if is_shard else _fused_bytes(backend, pieces, model, arch, kv, n_tokens, n_logits)
         for part_tokens in parts:

@@ -232,18 +232,20 @@ class WindowWeights:
         finally:
             for _ in range(n_streamed):
                 self._ring.free(self._ring_pieces.popleft().ring_bytes)
-            self._read_ahead()
+            if n_streamed:
+                self._read_ahead()
 
     def _wait_for(self, block: Block) -> int:
         """Wait until the block's streamed pieces, which are the ring's oldest, are there. How many they are."""
         n = self._n_streamed[block]
-        oldest = [*islice(self._ring_pieces, n)]
-        if len(oldest) < n or any(entry.piece.block != block or entry.read.is_useless for entry in oldest):
-            self._restart_at(block)
+        if n:
             oldest = [*islice(self._ring_pieces, n)]
-        with self._trace.span(f"wait {block.kind} {block.layer}", "wait"):
-            for entry in oldest:
-                self._waited_s += entry.read.wait(self._is_cancelled)
+            if len(oldest) < n or any(entry.piece.block != block or entry.read.is_useless for entry in oldest):
+                self._restart_at(block)
+                oldest = [*islice(self._ring_pieces, n)]
+            with self._trace.span(f"wait {block.kind} {block.layer}", "wait"):
+                for entry in oldest:
+                    self._waited_s += entry.read.wait(self._is_cancelled)
         if block == self._last:  # all that this pass computes with has been read: no logits of two files mixed
             for file in self._files:
                 file.check_unchanged()

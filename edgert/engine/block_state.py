@@ -1,6 +1,7 @@
 """One batch on its way through block graphs: the state that the engine's loop moves from block to block.
 
-Knows which graph each block asks for and where its result goes. Building and keeping graphs is blockwise.py's.
+Knows which operations each block asks for, where their results go, and which of them can wait for the next and share
+its graph. Building and keeping graphs is blockwise.py's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from edgert.architectures import moe
 from edgert.architectures.base import Weights
 from edgert.engine.batch import Batch
+from edgert.engine.block_graph import Operation
 from edgert.engine.expert_graphs import Choice, PairInputs, pairs_at_once
 from edgert.engine.scratch import Memory, Scratch
 from edgert.ggml.abi import TYPE_F32
@@ -25,10 +27,17 @@ if TYPE_CHECKING:
 
 
 class BlockState:
-    """One batch between two blocks: its hidden state and what a layer carries, in memory of its own."""
+    """One batch between two blocks: its hidden state and what a layer carries, in memory of its own.
 
-    def __init__(self, graphs: BlockwiseGraphs, batch: Batch) -> None:
-        self.batch = batch
+    What nobody waits for is put off until the next operation that somebody does, and shares its graph: alone, a block's
+    output until it is added to the hidden state; in a cluster, that addition until the next block's output. No lease
+    ends before its matrices were used: additions read none. Batches that pass a block in turn share the memory of
+    partial results, so they put off nothing that another batch comes before.
+    """
+
+    def __init__(self, graphs: BlockwiseGraphs, batch: Batch, *, is_only: bool) -> None:
+        self.batch, self._is_only = batch, is_only
+        self._put_off: list[Operation] = []
         self._graphs, self._arch = graphs, graphs.arch
         context, n_rows = Context(4), max(batch.n_outputs, 1)
         hidden, carried = self._arch.hp.hidden_size, self._arch.hp.carried_size
@@ -39,10 +48,11 @@ class BlockState:
         self._x = self._all
         self._n_logits_rows = 0
         self._choice: Choice | None = None
-        self._carried_layer = -1
+        self._carried_layer, self._foreseen = -1, (-1, 0)
 
     @property
     def hidden(self) -> Tensor:
+        self._catch_up()
         return self._x
 
     def embed(self, w: Weights, rows: NDArray[np.int32]) -> None:
@@ -52,7 +62,7 @@ class BlockState:
         self._compute(self._arch.embed, ("embed",), w, [scratch.inputs.token_ids], self._x)
 
     def attention(self, layer: int, w: Weights) -> Tensor:
-        inputs, kv, partial = self._scratch.inputs, self._graphs.kv, self._scratch.partial
+        inputs, kv = self._scratch.inputs, self._graphs.kv
         sources = [self._x, *inputs.attention_sources(), kv.k[layer], kv.v[layer]]
         if self._carried and self._carried_layer != layer:
             self._carry(layer, w)
@@ -61,8 +71,7 @@ class BlockState:
             return self._arch.attention(g, layer, weights, x, inputs.standing_for(stand_ins))
 
         kind = ("attention", self._arch.layer_kind(layer), kv.bucket(self.batch))
-        self._compute(function, kind, w, sources, partial)
-        return partial
+        return self._compute_part(function, kind, w, sources, self._scratch.partial)
 
     def _carry(self, layer: int, w: Weights) -> None:
         def function(g: Graph, weights: Weights, x: Tensor) -> Tensor:
@@ -77,21 +86,20 @@ class BlockState:
         def function(g: Graph, weights: Weights, x: Tensor, summed: Tensor) -> Tensor:
             return self._arch.add_attention(g, layer, weights, x, summed)
 
-        self._compute(function, ("add_attention", self._arch.layer_kind(layer)), w, [self._x, summed], self._x)
+        self._add(function, ("add_attention", self._arch.layer_kind(layer)), w, summed)
 
     def ffn(self, layer: int, w: Weights) -> Tensor:
         def function(g: Graph, weights: Weights, x: Tensor, carried: Tensor | None = None) -> Tensor:
             return self._arch.ffn(g, layer, weights, x, carried)
 
-        partial = self._partial
-        self._compute(function, ("ffn", self._arch.layer_kind(layer)), w, [self._x, *self._carried[:1]], partial)
-        return partial
+        return self._compute_part(function, ("ffn", self._arch.layer_kind(layer)), w,
+                                  [self._x, *self._carried[:1]], self._partial)
 
     def add_ffn(self, layer: int, w: Weights, summed: Tensor) -> None:
         def function(g: Graph, weights: Weights, x: Tensor, summed: Tensor) -> Tensor:
             return self._arch.add_ffn(g, layer, weights, x, summed)
 
-        self._compute(function, ("add_ffn", self._arch.layer_kind(layer)), w, [self._x, summed], self._x)
+        self._add(function, ("add_ffn", self._arch.layer_kind(layer)), w, summed)
 
     def foresee(self, layer: int, w: Weights) -> Mapping[int, int]:
         choice = self._choice_in(range(self.batch.start, self.batch.end))
@@ -103,7 +111,7 @@ class BlockState:
 
         self._compute_all(function, ("foresee", self._arch.layer_kind(layer)), w, [self._x],
                           [self._carried[0], choice.ids])
-        self._carried_layer = layer
+        self._carried_layer, self._foreseen = layer, (layer, choice.n_tokens)
         return self._last_use(choice)
 
     def route(self, layer: int, w: Weights, span: range) -> Mapping[int, int]:
@@ -113,8 +121,9 @@ class BlockState:
             routing = cast(moe.ExpertArchitecture, self._arch).router(g, layer, weights, x, carried)
             return [routing.x, routing.weights, routing.ids]
 
+        is_known = self._is_only and self._foreseen == (layer, choice.n_tokens)  # then nobody waits for it
         self._compute_all(function, ("route", self._arch.layer_kind(layer)), w, [self._x, *self._carried[:1]],
-                          [choice.x, choice.weights, choice.ids])
+                          [choice.x, choice.weights, choice.ids], put_off=is_known)
         return self._last_use(choice)
 
     def _choice_in(self, span: range) -> Choice:
@@ -144,9 +153,11 @@ class BlockState:
 
         def compute(inputs: PairInputs) -> None:
             sources = [choice.x, inputs.token_rows, inputs.slots, inputs.output_rows, choice.pairs]
-            self._compute_all(function, ("experts", inputs.n_pairs), w, sources, [])
+            self._compute_all(function, ("experts", inputs.n_pairs), w, sources, [], put_off=are_all_here)
 
         most_pairs = pairs_at_once(w["ffn_up_exps.weight"].ne[2], choice.n_tokens)
+        # Each pair has an expert of its own, and one graph takes them all: no other will write these inputs.
+        are_all_here = graphs.is_alone and self._is_only and len(slots) == choice.n_pairs <= most_pairs
         if graphs.only_measures:
             compute(graphs.experts.inputs(min(most_pairs, choice.n_pairs)))
             return
@@ -156,11 +167,10 @@ class BlockState:
             compute(inputs)
 
     def weigh(self, layer: int) -> Tensor:
-        choice, partial = self._choice, self._partial
+        choice = self._choice
         assert choice is not None  # `route` came first
-        self._compute(lambda g, _, outputs, weights: moe.weigh(g, outputs, weights), ("weigh",), {},
-                      [choice.outputs, choice.weights], partial)
-        return partial
+        return self._compute_part(lambda g, _, outputs, weights: moe.weigh(g, outputs, weights), ("weigh",), {},
+                                  [choice.outputs, choice.weights], self._partial)
 
     def keep_outputs(self) -> None:
         rows = self._scratch.inputs.output_rows
@@ -192,14 +202,35 @@ class BlockState:
         """Where this rank's part of the FFN's output goes."""
         return self._scratch.partial if self._x is self._all else self._scratch.partial_outputs
 
+    def _add(self, function: Callable[..., Tensor], kind: tuple[object, ...], w: Weights, summed: Tensor) -> None:
+        """Renew the hidden state."""
+        self._compute_all(lambda *given: [function(*given)], kind, w, [self._x, summed], [self._x],
+                          put_off=self._is_only and not self._graphs.is_alone)
+
+    def _compute_part(self, function: Callable[..., Tensor], kind: tuple[object, ...], w: Weights,
+                      sources: list[Tensor], into: Tensor) -> Tensor:
+        """This rank's part of a block's output, in `into`; alone, not before it is added."""
+        self._compute_all(lambda *given: [function(*given)], kind, w, sources, [into],
+                          put_off=self._graphs.is_alone, is_kept=not self._graphs.is_alone)
+        return into
+
     def _compute(self, function: Callable[..., Tensor], kind: tuple[object, ...], w: Weights, sources: list[Tensor],
                  into: Tensor) -> None:
         self._compute_all(lambda *given: [function(*given)], kind, w, sources, [into])
 
     def _compute_all(self, function: Callable[..., Sequence[Tensor]], kind: tuple[object, ...], w: Weights,
-                     sources: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+                     sources: Sequence[Tensor], into: Sequence[Tensor], *, put_off: bool = False,
+                     is_kept: bool = True) -> None:
         shape = (sources[0].ne[0], sources[0].ne[1], into[0].ne[1] if into else 0)
-        self._graphs.compute(function, (*kind, *shape), w, sources, into, self.batch.phase)
+        self._put_off.append(Operation(function, (*kind, *shape), w, sources, into, is_kept))
+        if not put_off:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Carry out what was put off."""
+        operations, self._put_off = self._put_off, []
+        if operations:
+            self._graphs.compute(operations, self.batch.phase)
 
     def close(self) -> None:
         if self._choice is not None:

@@ -67,6 +67,7 @@ class Engine:
     def _run(self, batches: list[Batch]) -> NDArray[np.float32]:
         if isinstance(self._graphs, BlockwiseGraphs):
             n_tokens = sum(batch.n_tokens for batch in batches)
+            self._graphs.is_alone = isinstance(self.collective, Solo)
             with self._trace.span(f"{batches[0].phase} {n_tokens}", "compute"):
                 logits = self._graphs.run(self._graphs.in_parts(batches), self._forward)
             self.kv.commit(batches[-1])
