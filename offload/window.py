@@ -12,14 +12,14 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.architectures.base import OUTPUT, Architecture, Block, Weights
+from edgert.architectures.base import Architecture, Block, Weights
 from edgert.engine.batch import Phase
 from edgert.engine.trace import OFF, Trace
 from edgert.errors import ModelFileError
@@ -31,7 +31,7 @@ from offload.direct_file import DirectFile
 from offload.embedding import EmbeddingRows
 from offload.experts import ExpertPool, PoolShape
 from offload.readers import Read, Readers, aligned_range
-from offload.residency import Piece, Residency, always_pinned
+from offload.residency import Piece, Residency, always_pinned, n_parts
 
 _log = logging.getLogger(__name__)
 _SETTLE_S = 10.0  # four chunks from a disk of 1 MB/s
@@ -99,8 +99,8 @@ class WindowWeights:
         self._weights: dict[Block, Weights] = {
             block: {piece.spec.key: self._tensors[piece] for piece in of_block}
             for block, of_block in self._blocks.items()}
-        self.n_output_parts = sum(block.kind == "output" for block in self._blocks)
-        self._last = Block("output", self.n_output_parts - 1)
+        self.n_output_parts, self.n_ffn_parts = n_parts([*self._blocks])
+        self._last = Block("output", part=self.n_output_parts - 1)
         self._slots: list[int] = []  # addresses of the pinned pieces, in order of worth
         self._n_pinned = self._pinning_bytes = 0
         self._let_stream(len(residency.keep))
@@ -295,7 +295,7 @@ def by_block(pieces: Sequence[Piece]) -> dict[Block, list[Piece]]:
     blocks: dict[Block, list[Piece]] = {}
     for piece in sorted(pieces, key=lambda p: p.spec.key):
         blocks.setdefault(piece.block, []).append(piece)
-    for block, of_block in blocks.items():  # every part of the head needs the norm before it
-        if block.kind == "output" and block != OUTPUT:
-            of_block += [p for p in blocks[OUTPUT] if p.spec.use == "vector"]
+    for block, of_block in blocks.items():  # every part of a block needs the norms around it
+        if block.part:
+            of_block += [p for p in blocks[replace(block, part=0)] if p.spec.use == "vector"]
     return blocks

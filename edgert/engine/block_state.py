@@ -17,7 +17,7 @@ from edgert.architectures.base import Weights
 from edgert.engine.batch import Batch
 from edgert.engine.block_graph import Operation
 from edgert.engine.expert_graphs import Choice, PairInputs, pairs_at_once
-from edgert.engine.scratch import Memory, Scratch
+from edgert.engine.scratch import FfnParts, Memory, Scratch
 from edgert.ggml.abi import TYPE_F32
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Graph, Tensor
@@ -48,6 +48,7 @@ class BlockState:
         self._x = self._all
         self._n_logits_rows = 0
         self._choice: Choice | None = None
+        self._ffn_parts: FfnParts | None = None
         self._carried_layer, self._foreseen = -1, (-1, 0)
 
     @property
@@ -89,11 +90,30 @@ class BlockState:
         self._add(function, ("add_attention", self._arch.layer_kind(layer)), w, summed)
 
     def ffn(self, layer: int, w: Weights) -> Tensor:
+        if ("ffn_up.weight" in w) != ("ffn_down.weight" in w):
+            return self._ffn_part(layer, w)
+
         def function(g: Graph, weights: Weights, x: Tensor, carried: Tensor | None = None) -> Tensor:
             return self._arch.ffn(g, layer, weights, x, carried)
 
         return self._compute_part(function, ("ffn", self._arch.layer_kind(layer)), w,
                                   [self._x, *self._carried[:1]], self._partial)
+
+    def _ffn_part(self, layer: int, w: Weights) -> Tensor:
+        """Some rows of hidden values, or of the output. The norm is computed for each part anew: it costs nothing."""
+        arch, parts = self._arch, self._ffn_parts
+        if parts is None or parts.n_tokens != self._x.ne[1]:
+            if parts is not None:
+                parts.close()
+            parts = self._ffn_parts = FfnParts(self._graphs.backend, arch.hp, self._x.ne[1])
+        kind = arch.layer_kind(layer)
+        if "ffn_up.weight" in w:
+            into = parts.next_hidden(w["ffn_up.weight"].ne[1])
+            self._compute(arch.ffn_hidden, ("ffn_hidden", kind), w, [self._x], into)
+        else:
+            into = parts.next_output(w["ffn_down.weight"].ne[1])
+            self._compute(arch.ffn_down, ("ffn_down", kind), w, [parts.hidden.whole], into)
+        return parts.output.whole
 
     def add_ffn(self, layer: int, w: Weights, summed: Tensor) -> None:
         def function(g: Graph, weights: Weights, x: Tensor, summed: Tensor) -> Tensor:
@@ -184,7 +204,7 @@ class BlockState:
 
     def output(self, w: Weights, part: int) -> None:
         n_rows = max(t.ne[1] for t in w.values())  # the head's, or of the part of it that is here
-        into = self._scratch.logits_rows(self._n_logits_rows, n_rows)
+        into = self._scratch.logits_rows.at(self._n_logits_rows, n_rows)
         self._n_logits_rows += n_rows
         self._compute(self._arch.output, ("output",), w, [self._x], into)
 
@@ -233,6 +253,7 @@ class BlockState:
             self._graphs.compute(operations, self.batch.phase)
 
     def close(self) -> None:
-        if self._choice is not None:
-            self._choice.close()
+        for kept in (self._choice, self._ffn_parts):
+            if kept is not None:
+                kept.close()
         self._memory.close()

@@ -139,16 +139,18 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, collec
                 state.keep_outputs()
             states = [state for state in states if state.batch.n_outputs]
             reduce = collective.reduce
-        with weights.lease(Block("ffn", layer), phase) as w:
-            if experts is not None:
-                stream_experts(states, layer, w, experts, reduce)
-                continue
-            for state in states:
-                partial = state.ffn(layer, w)
-                state.add_ffn(layer, w, reduce(partial))
+        for part in range(weights.n_ffn_parts):
+            with weights.lease(Block("ffn", layer, part), phase) as w:
+                if experts is not None:
+                    stream_experts(states, layer, w, experts, reduce)
+                    continue
+                for state in states:
+                    partial = state.ffn(layer, w)
+                    if part == weights.n_ffn_parts - 1:
+                        state.add_ffn(layer, w, reduce(partial))
 
     for part in range(weights.n_output_parts if collective.rank == 0 else 0):
-        with weights.lease(Block("output", part), phase) as w:
+        with weights.lease(Block("output", part=part), phase) as w:
             for state in states:
                 state.output(w, part)
 
