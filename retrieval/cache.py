@@ -33,8 +33,8 @@ from retrieval.store import DiskTier
 
 Floats = NDArray[np.float32]
 Positions = NDArray[np.int64]
-# Layers whose attention is observed: the more, the better the survivors; four cost 2 % of a step.
-_N_OBSERVED = 4
+# Layers whose attention is observed: the more, the better the survivors; three cost 1 % of a step.
+_N_OBSERVED = 3
 # A step that looks at everything costs a dense step: at most one of so many.
 _FULL_EVERY = 16
 
@@ -54,6 +54,8 @@ class Counts:
     n_whole: int = 0  # steps that looked at everything
     n_selected: int = 0
     n_fetched: int = 0
+    n_reads: int = 0
+    read_bytes: int = 0
     select_s: float = 0.0
     fetch_s: float = 0.0
 
@@ -103,6 +105,7 @@ class RetrievedKVCache:
         """Have the set in the hot buffer, by exchanging what differs from the one before."""
         self._spill(batch.start)
         assignment = self.hot.prepare(chosen.positions, batch)
+        before = (self.disk.n_reads, self.disk.read_bytes) if self.disk is not None else (0, 0)
         try:
             self.cold.fetch(self.hot.records, assignment.missing_slots, assignment.missing)
         except BaseException:
@@ -114,6 +117,9 @@ class RetrievedKVCache:
             self.hot.fill_ring(in_window)
         self.n_attended = len(chosen.positions)
         self.counts.n_fetched += len(assignment.missing)
+        if self.disk is not None:
+            self.counts.n_reads += self.disk.n_reads - before[0]
+            self.counts.read_bytes += self.disk.read_bytes - before[1]
 
     def commit_step(self, batch: Batch, chosen: Selection | None) -> None:
         """The step was computed, over the hot buffer or, without a set, over everything."""

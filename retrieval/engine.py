@@ -62,7 +62,7 @@ class RetrievalEngine(Engine):
             "tier": "memory" if kv.disk is None else "disk", "budget": kv.policy.budget, "from_tokens": kv.from_tokens,
             "selector": kv.selector.name, "steps": kv.counts.n_steps, "steps_over_everything": kv.counts.n_whole,
             "selected": kv.counts.n_selected, "fetched": kv.counts.n_fetched,
-            "read_bytes": kv.disk.read_bytes if kv.disk else 0, "reads": kv.disk.n_reads if kv.disk else 0,
+            "read_bytes": kv.counts.read_bytes, "reads": kv.counts.n_reads,
             "select_ms": round(kv.counts.select_s * 1000, 3), "fetch_ms": round(kv.counts.fetch_s * 1000, 3)}}
 
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> Logits:

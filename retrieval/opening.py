@@ -33,7 +33,7 @@ def open_retrieval(arch: Architecture, weights: WeightSource, dense: DenseKVCach
         disk = DiskTier(backend, hp, context_length, temporary_files(store))
     policy = policy_for(sizes.budget)
     if head is None:
-        policy = replace(policy, most=0, least_mass=0.0)  # bounds are no distribution that could tell how sure they are
+        policy = replace(policy, least_mass=0.0)  # bounds are no distribution that could tell how sure they are
     kv = RetrievedKVCache(backend, hp, dense, selector, policy, sizes.from_tokens, disk=disk)
     return RetrievalEngine(arch, weights, kv, backend, store=store, batch_size=batch_size, graphs=graphs, trace=trace)
 
