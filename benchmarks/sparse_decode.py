@@ -1,10 +1,10 @@
 """Steps that attend to a set of tokens beside dense ones, token after token of one text: speed, closeness, memory.
 
     python benchmarks/sparse_decode.py MODEL.gguf [--context 8192] [--budget 512] [--threads 1] [--steps 40]
-        [--tier memory|disk] [--store DIR] [--snapshot FILE.npz] [--text FILE ...] [--head auto|none]
+        [--tier memory|disk] [--store DIR] [--snapshot FILE.npz | --synthetic] [--text FILE ...] [--head auto|none]
 
 The text (Python's own sources where none is given) is prefilled once, densely; with --snapshot its keys and values are
-kept for the next run. Each step is taken by both engines in turn; medians, and ratios of medians. The ceiling is
+kept for the next run; with --synthetic they are random, for speed alone without the minutes. Each step is taken by both engines in turn; medians, and ratios of medians. The ceiling is
 Amdahl's: a dense step over as few tokens as the set has. Where the model has a retrieval head, it needs features of
 the text, so both engines prefill.
 """
@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tier", choices=("memory", "disk"), default="memory")
     parser.add_argument("--store", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--snapshot", type=Path)
+    parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--text", type=Path, nargs="*", default=[])
     parser.add_argument("--head", choices=("auto", "none"), default="auto")
     return parser.parse_args()
@@ -79,6 +80,8 @@ def arguments() -> argparse.Namespace:
 def text_of(args: argparse.Namespace) -> NDArray[np.int32]:
     """As many tokens as are prefilled and then measured."""
     n = args.context + args.steps + 1
+    if args.synthetic:
+        return np.random.default_rng(0).integers(0, 30_000, n, dtype=np.int32)
     if args.snapshot and args.snapshot.exists():
         return np.asarray(np.load(args.snapshot)["ids"], np.int32)[:n]
     files = args.text or sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py"))
@@ -118,7 +121,12 @@ def fill(args: argparse.Namespace, dense: Engine, sparse: RetrievalEngine, token
     """Both engines hold the text, the sparse one as if it had prefilled it."""
     assert isinstance(dense.kv, DenseKVCache)
     arrays = [Backend.array(t)[:len(token_ids)] for t in (*dense.kv.k, *dense.kv.v)]
-    if args.snapshot and args.snapshot.exists():
+    if args.synthetic:
+        rows = np.random.default_rng(1).standard_normal(arrays[0].shape, np.float32).astype(np.float16)
+        for array in arrays:
+            array[:] = rows
+        dense.kv.length = len(token_ids)
+    elif args.snapshot and args.snapshot.exists():
         kept = np.load(args.snapshot)
         for array, rows in zip(arrays, (*kept["k"], *kept["v"]), strict=True):
             array[:] = rows[:len(token_ids)]
@@ -128,7 +136,7 @@ def fill(args: argparse.Namespace, dense: Engine, sparse: RetrievalEngine, token
         if args.snapshot:
             k, v = np.stack(arrays[:len(dense.kv.k)]), np.stack(arrays[len(dense.kv.k):])
             np.savez(args.snapshot, ids=text_of(args), k=k, v=v)
-    if sparse._retrieved.selector.name == "head":  # it must see the text's features
+    if sparse._retrieved.selector.name == "head" and not args.synthetic:  # it must see the text's features
         sparse.step(token_ids)
         return
     kv = sparse._retrieved
