@@ -23,6 +23,11 @@ class Paths:
         """Retrieval heads that were distilled here."""
         return self.models.parent / "heads"
 
+    @property
+    def sessions(self) -> Path:
+        """Keys and values of conversations that go on later."""
+        return self.models.parent / "sessions"
+
     @classmethod
     def of_user(cls) -> Paths:
         home = os.environ.get("EDGERT_HOME")

@@ -23,6 +23,7 @@ from edgert.engine.expert_graphs import Choice
 from edgert.engine.kv_cache import DenseKVCache, KVType, kv_bytes_per_token
 from edgert.engine.layouts import LayoutChoice, Layouts, choose_layouts
 from edgert.engine.retrieval_head import RetrievalHead
+from edgert.engine.scratch import FfnParts
 from edgert.errors import UsageError
 from edgert.ggml.backend import Backend
 from edgert.ggml.library import load_libraries
@@ -89,7 +90,7 @@ class Planning:
         self.file, self.options = file, options
         self.kv_store = options.kv_store or paths.cache / "kv"
         self.arch = open_architecture(file)
-        self.pieces: Sequence[Piece] = cut(file, self.arch)
+        self.pieces: Sequence[Piece] = cut(file, self.arch, context_length_of(self.arch, options))
         self.left_bytes = probe.process_bytes() + int(probe.available_bytes() * _SHARE_OF_AVAILABLE)
         self.budget_bytes = self.left_bytes if options.memory_bytes is None else options.memory_bytes
         with ExitStack() as opened:
@@ -203,6 +204,7 @@ def shape_of(file: ModelFile, arch: Architecture, pieces: Sequence[Piece], kv_ty
     hp, (static, of_experts) = arch.hp, split_experts(pieces)
     small, large = ([p for p in static if always_pinned(p) == stays] for stays in (True, False))
     matrices, head, experts = Counter[int](), Counter[int](), Counter[int]()
+    in_parts = any(piece.block.kind == "ffn" and piece.block.part for piece in pieces)
     for piece in pieces:
         if piece.spec.use != "vector":
             group = head if piece.block.kind == "output" else experts if piece in of_experts else matrices
@@ -213,7 +215,8 @@ def shape_of(file: ModelFile, arch: Architecture, pieces: Sequence[Piece], kv_ty
         largest_piece_bytes=max((p.slot_bytes for p in large), default=0), matrix_bytes=dict(matrices),
         head_bytes=dict(head), expert_bytes=dict(experts), n_layers=hp.n_layers, n_heads=hp.n_heads,
         n_kv_heads=hp.n_kv_heads, head_dim=hp.head_dim, kv_bytes_per_token=kv_bytes_per_token(hp, kv_type),
-        hidden_bytes_per_token=4 * (hp.hidden_size + hp.carried_size), n_experts=hp.n_experts,
+        hidden_bytes_per_token=4 * (hp.hidden_size + hp.carried_size) + in_parts * FfnParts.bytes_per_token(hp),
+        n_experts=hp.n_experts,
         n_experts_used=hp.n_experts_used, slot_bytes=PoolShape.of(of_experts).slot_bytes if of_experts else 0,
         least_slots=least_slots(hp) if of_experts else 0,
         kept_bytes_per_token=Choice.size_bytes(hp, 1) if of_experts else 0, window=hp.window,

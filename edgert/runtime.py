@@ -48,6 +48,7 @@ from edgert.units import parse_bytes
 
 if TYPE_CHECKING:
     from edgert.text.constraint import Constraint, Constraints, JSONSchema
+    from retrieval.sessions import Session
     from tensorpar.leader import ClusterOptions
 
 _log = logging.getLogger(__name__)
@@ -57,11 +58,14 @@ class Runtime:
     """One model, ready to answer. One request at a time; `Generation.cancel` may come from any thread."""
 
     def __init__(self, model: ModelFile, engine: Engine, tokenizer: Tokenizer | None, budget_bytes: int | None,
-                 trace: Trace, *, speculates: bool = False, forecast: Forecast | None = None) -> None:
+                 trace: Trace, *, speculates: bool = False, forecast: Forecast | None = None,
+                 session: Session | None = None) -> None:
         self.model, self.engine, self.tokenizer, self._trace = model, engine, tokenizer, trace
         self._budget_bytes, self._forecast = budget_bytes, forecast
         self._template: ChatTemplate | None = None
-        self._kv_token_ids: list[int] = []  # what the KV cache holds
+        self.session = session
+        # What the KV cache holds.
+        self._kv_token_ids: list[int] = [] if session is None else session.restore(engine.kv, engine.backend)
         self._running: Generation | None = None
         self._closed = False
         self._constraints: Constraints | None = None
@@ -72,7 +76,8 @@ class Runtime:
              threads: int | None = None, batch: int = 512, kv_type: KVType = "f16",
              layout: LayoutChoice = "auto", models_dirs: Sequence[Path] = (), trace: Path | None = None,
              speculate: Speculate = "auto", cluster: ClusterOptions | None = None, learn: bool = True,
-             kv_budget: int | Literal["full"] | None = None, kv_store: Path | None = None) -> Self:
+             kv_budget: int | Literal["full"] | None = None, kv_store: Path | None = None,
+             session: str | None = None) -> Self:
         """Open a model: a path, a name that `edgert list` shows, or `user/repo:quant`.
 
         `memory` (bytes, or a text such as "600M") is a budget for the whole process; weights that it does not hold
@@ -83,7 +88,8 @@ class Runtime:
         are those that the sampler chooses from the pass's logits, which batches of other sizes round otherwise. "on"
         does so for resident weights too. `kv_budget` is how many cached tokens a step attends to, "full" for all of
         them; None leaves it to the memory manager, which attends to all of them unless a memory budget has no room.
-        Keys and values that have no room lie in the directory `kv_store`.
+        Keys and values that have no room lie in the directory `kv_store`. `session` names a text whose keys and values
+        `save_session` keeps on disk: they are there again, and not computed, whenever it is named.
         With `cluster`, the paired devices compute too, and what is said about memory
         is about this one. On a device that `edgert plan` has measured, answers correct its profile, unless `learn` is
         False.
@@ -97,6 +103,9 @@ class Runtime:
                                 batch, kv_type, layout, speculate, kv_budget, kv_store)
         if cluster is not None and isinstance(kv_budget, int):
             raise UsageError("--kv-budget does not work with --cluster", "Leave out one of them.")
+        if session is not None and (cluster is not None or kv_type != "f16"):
+            raise UsageError(f"--session does not work with --{'cluster' if cluster else 'kv-type'}",
+                             "Leave out one of them.")
         load_libraries()
         with ThreadPoolExecutor(1, "vocabulary") as pool:  # 0.3 s for 150k tokens, beside the weights
             vocabulary = pool.submit(_open_tokenizer, file, tracer)
@@ -115,8 +124,10 @@ class Runtime:
                 tokenizer = vocabulary.result()
                 _check_vocabulary(file, tokenizer, engine.arch)
                 speculates = speculate == "on" or not engine.weights.resident
-                return cls(file, engine, tokenizer, options.memory_bytes, tracer,
-                           speculates=speculates and options.may_speculate(engine.arch), forecast=forecast)
+                with tracer.span("session", "load"):
+                    return cls(file, engine, tokenizer, options.memory_bytes, tracer,
+                               speculates=speculates and options.may_speculate(engine.arch), forecast=forecast,
+                               session=None if session is None else _open_session(paths, session, file, engine.arch))
             except BaseException:
                 engine.close()
                 raise
@@ -238,6 +249,14 @@ class Runtime:
                 "kv_resident_bytes": kv.resident_bytes, "kv_selected_tokens": self.engine.selected_tokens,
                 "compute_bytes": self.engine.compute_bytes}
 
+    def save_session(self, conversation: dict[str, Any]) -> None:
+        """Keep what the KV cache holds, and `conversation` (an object for JSON, whatever the caller needs to go on).
+        Raises UsageError without a session; KVStoreError, NoSpace."""
+        if self.session is None:
+            raise UsageError("no session is open", "Load the model with a session's name.")
+        with self._trace.span("session", "load"):
+            self.session.save(self.engine.kv, self.engine.backend, self._kv_token_ids, conversation)
+
     def plan(self) -> dict[str, Any]:
         """How this model runs here."""
         return {**self.engine.plan(), "threads": self.engine.backend.n_threads,
@@ -249,6 +268,8 @@ class Runtime:
             self._running.close()
         self._learn()
         self._closed = True
+        if self.session is not None:
+            self.session.close()
         self.engine.close()
         if self.tokenizer is not None:
             self.tokenizer.close()
@@ -275,6 +296,12 @@ def _check_vocabulary(file: ModelFile, tokenizer: Tokenizer | None, arch: Archit
         tokenizer.close()
         raise ModelFileError(str(file.path), f"the vocabulary has {tokenizer.n_tokens} tokens, the embedding table "
                              f"{arch.hp.vocab_size}")
+
+
+def _open_session(paths: Paths, name: str, file: ModelFile, arch: Architecture) -> Session:
+    from retrieval.sessions import Session
+
+    return Session(paths.sessions, name, file.fingerprint(), file.path.name, arch.hp)
 
 
 def _open_cluster(file: ModelFile, paths: Paths, options: EngineOptions, cluster: ClusterOptions,

@@ -31,7 +31,7 @@ from offload.arena import HUGE_PAGE_BYTES, Arena
 from offload.direct_file import forget_cached
 from offload.embedding import EmbeddingRows
 from offload.experts import PoolShape, split_experts
-from offload.residency import Piece, Residency, choose
+from offload.residency import Piece, Residency, choose, cut, n_parts
 from offload.window import WindowWeights, by_block
 
 # What the process still grows by after its weights are placed: stacks of readers and of compute threads (1 MiB), the
@@ -60,7 +60,7 @@ class Headers:
         tensors = {piece: self._tensor(piece.type_id, piece.shape) for piece in pieces}
         self._blocks = {block: {piece.spec.key: tensors[piece] for piece in of_block}
                         for block, of_block in by_block(pieces).items()}
-        self.n_output_parts = sum(block.kind == "output" for block in self._blocks)
+        self.n_output_parts, self.n_ffn_parts = n_parts([*self._blocks])
         info = model.tensors[EmbeddingRows.key]
         self._table = self._tensor(info.type.id, (info.shape[0], batch_size))
 
@@ -115,8 +115,9 @@ def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv
     headers = Headers(backend, pieces, model, batch_size, _most_slots(pieces, arch, budget_bytes))
     n_tokens, compute_bytes = min(batch_size, kv.context_length), dict[int, int]()
     parts = PART_TOKENS[-1:] if is_shard else PART_TOKENS[:1] if arch.hp.n_experts else PART_TOKENS
+    graphs.is_alone = not is_shard
     try:
-        fused_bytes = 0 if is_shard else _fused_bytes(backend, pieces, model, arch, kv, n_tokens, n_logits)
+        fused_bytes = 0 if is_shard else _fused_bytes(backend, model, arch, kv, n_tokens, n_logits)
         for part_tokens in parts:
             graphs.part_tokens = part_tokens
             most = max(part.n_tokens for part in graphs.in_parts([Batch(np.zeros(n_tokens, np.int32), 0)]))
@@ -144,9 +145,10 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: 
     return WindowWeights(backend, model, arch, residency, arena, batch_size=plan.batch_size, trace=trace, pool=pool)
 
 
-def _fused_bytes(backend: Backend, pieces: Sequence[Piece], model: ModelFile, arch: Architecture, kv: DenseKVCache,
-                 n_tokens: int, n_logits: int) -> int:
+def _fused_bytes(backend: Backend, model: ModelFile, arch: Architecture, kv: DenseKVCache, n_tokens: int,
+                 n_logits: int) -> int:
     """Compute buffers of the whole model in one graph."""
+    pieces = cut(model, arch, cuts_ffn=False)
     whole, fused = Headers(backend, pieces, model, n_tokens, are_whole=True), FusedGraphs(backend, arch, kv)
     try:
         return fused.reserve(_largest(n_tokens, n_logits, kv), lambda states: forward(states, arch, whole, kv, Solo()))

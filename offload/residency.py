@@ -7,17 +7,21 @@ pinned. Pinned tensors are spread evenly between streamed ones: their computatio
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from edgert.architectures.base import OUTPUT, Architecture, Block, TensorSpec, blocks_of
+from edgert.engine.scratch import FfnParts
 from edgert.gguf.model_file import ModelFile
+from edgert.gguf.reader import TensorInfo
 from offload.arena import PAGE_BYTES
 from offload.readers import aligned_range
 
-# A larger output head is cut by rows, so that the window stays small: one of 182 MiB is twelve pieces.
+# What is larger is cut by rows, so that the window stays small: an output head of 182 MiB is twelve pieces, an FFN of
+# 76 MiB three blocks: two of gate and up, one of down.
 MAX_PIECE_BYTES = 16 * 2**20
+_MAX_FFN_BYTES = 32 * 2**20
 # Rows of a cut piece: a multiple of every kernel's tile, so that no row is computed by another path than uncut.
 _ROWS_MULTIPLE = 256
 # Below this a read is latency, not bandwidth, and the tensor is always pinned.
@@ -79,28 +83,72 @@ class Residency:
         return sum(p.slot_bytes for p in self.streamed)
 
 
-def cut(model: ModelFile, arch: Architecture) -> list[Piece]:
-    """Every tensor of every block but the embedding, large ones cut. Output parts are blocks ("output", part)."""
+def cut(model: ModelFile, arch: Architecture, n_tokens: int = 0, *, cuts_ffn: bool = True) -> list[Piece]:
+    """Every tensor of every block but the embedding, in the order in which a step needs them; large ones cut by rows.
+
+    The output head is cut wherever it is large; FFN blocks where that takes less memory, with `n_tokens` in the cache.
+    """
+    rows = _rows_per_part(model, arch)
+    if not cuts_ffn or n_tokens * FfnParts.bytes_per_token(arch.hp) > _largest_ffn(model, arch):
+        rows = {}
     pieces = []
-    for block in blocks_of(arch.hp):
-        if block.kind == "embedding":
-            continue
+    for block in blocks_of(arch.hp)[1:]:
+        of_block = list[Piece]()
         for spec in arch.specs(block):
             info = model.tensors.get(spec.name)
             if info is None:
                 continue
             n_rows = 1 if len(info.shape) < 2 else info.shape[1]
-            n_per_piece = n_rows
+            first_part, n_per_part = 0, n_rows
             if block == OUTPUT and info.n_bytes > MAX_PIECE_BYTES:
-                row_bytes = info.n_bytes // n_rows
-                n_per_piece = max(_ROWS_MULTIPLE, MAX_PIECE_BYTES // row_bytes // _ROWS_MULTIPLE * _ROWS_MULTIPLE)
-            for number, first in enumerate(range(0, n_rows, n_per_piece)):
-                n = min(n_per_piece, n_rows - first)
-                n_bytes = info.n_bytes // n_rows * n
-                shape = info.shape if n == n_rows else (info.shape[0], n)
-                pieces.append(Piece(Block("output", number) if block == OUTPUT else block, spec, info.type.id, shape,
-                                    first, info.part, info.offset + info.n_bytes // n_rows * first, n_bytes))
+                n_per_part = _rows_within(MAX_PIECE_BYTES, info.n_bytes // n_rows)
+            elif block.kind == "ffn":
+                first_part, n_per_part = rows.get(spec.key, (0, n_rows))
+            of_block += _parts(block, spec, info, n_rows, first_part, n_per_part)
+        pieces += sorted(of_block, key=lambda piece: piece.block.part)
     return pieces
+
+
+def _parts(block: Block, spec: TensorSpec, info: TensorInfo, n_rows: int, first_part: int,
+           n_per_part: int) -> Iterator[Piece]:
+    """A tensor as pieces of `n_per_part` rows, of the block's parts from `first_part` on."""
+    row_bytes = info.n_bytes // n_rows
+    for part, first in enumerate(range(0, n_rows, n_per_part), first_part):
+        n = min(n_per_part, n_rows - first)
+        shape = info.shape if n == n_rows else (info.shape[0], n)
+        yield Piece(replace(block, part=part), spec, info.type.id, shape, first, info.part,
+                    info.offset + row_bytes * first, row_bytes * n)
+
+
+def _rows_per_part(model: ModelFile, arch: Architecture) -> dict[str, tuple[int, int]]:
+    """Of gate, up and down: the first part of a large FFN that has rows of it, and how many each part has. The same for
+    every layer. Nothing where FFNs are small, have experts or biases."""
+    hp = arch.hp
+    row_bytes = dict[str, int]()
+    for spec in (spec for layer in range(hp.n_layers) for spec in arch.specs(Block("ffn", layer))):
+        if spec.use == "vector" and spec.name in model.tensors and spec.key.endswith(".bias"):
+            return {}
+        if spec.use == "matrix":
+            info = model.tensors[spec.name]
+            row_bytes[spec.key] = max(row_bytes.get(spec.key, 0), info.n_bytes // info.shape[1])
+    if row_bytes.keys() != {"ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"} or hp.n_experts \
+            or _largest_ffn(model, arch) <= _MAX_FFN_BYTES:
+        return {}
+    gate_rows = _rows_within(_MAX_FFN_BYTES, row_bytes["ffn_gate.weight"] + row_bytes["ffn_up.weight"])
+    first_down = -(-hp.ffn_size // gate_rows)
+    return {"ffn_gate.weight": (0, gate_rows), "ffn_up.weight": (0, gate_rows),
+            "ffn_down.weight": (first_down, _rows_within(_MAX_FFN_BYTES, row_bytes["ffn_down.weight"]))}
+
+
+def _largest_ffn(model: ModelFile, arch: Architecture) -> int:
+    """Bytes of the largest FFN block."""
+    return max(sum(model.tensors[spec.name].n_bytes for spec in arch.specs(Block("ffn", layer))
+                   if spec.name in model.tensors) for layer in range(arch.hp.n_layers))
+
+
+def _rows_within(limit_bytes: int, row_bytes: int) -> int:
+    """Rows worth at most `limit_bytes`, a multiple of _ROWS_MULTIPLE."""
+    return max(_ROWS_MULTIPLE, limit_bytes // row_bytes // _ROWS_MULTIPLE * _ROWS_MULTIPLE)
 
 
 def choose(pieces: Sequence[Piece], pinned_bytes: int, window_bytes: int) -> Residency:
@@ -121,6 +169,13 @@ def block_bytes(pieces: Sequence[Piece]) -> dict[Block, int]:
     for piece in pieces:
         sizes[piece.block] = sizes.get(piece.block, 0) + piece.slot_bytes
     return sizes
+
+
+def n_parts(blocks: Sequence[Block]) -> tuple[int, int]:
+    """Parts of the output head, and of each FFN. A file without a head, a worker's, has none."""
+    n_output, n_ffn = (max((block.part + 1 for block in blocks if block.kind == kind), default=0)
+                       for kind in ("output", "ffn"))
+    return n_output, n_ffn
 
 
 def always_pinned(piece: Piece) -> bool:

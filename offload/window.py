@@ -12,14 +12,14 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.architectures.base import OUTPUT, Architecture, Block, Weights
+from edgert.architectures.base import Architecture, Block, Weights
 from edgert.engine.batch import Phase
 from edgert.engine.trace import OFF, Trace
 from edgert.errors import ModelFileError
@@ -31,7 +31,7 @@ from offload.direct_file import DirectFile
 from offload.embedding import EmbeddingRows
 from offload.experts import ExpertPool, PoolShape
 from offload.readers import Read, Readers, aligned_range
-from offload.residency import Piece, Residency, always_pinned
+from offload.residency import Piece, Residency, always_pinned, n_parts
 
 _log = logging.getLogger(__name__)
 _SETTLE_S = 10.0  # four chunks from a disk of 1 MB/s
@@ -99,8 +99,8 @@ class WindowWeights:
         self._weights: dict[Block, Weights] = {
             block: {piece.spec.key: self._tensors[piece] for piece in of_block}
             for block, of_block in self._blocks.items()}
-        self.n_output_parts = sum(block.kind == "output" for block in self._blocks)
-        self._last = Block("output", self.n_output_parts - 1)
+        self.n_output_parts, self.n_ffn_parts = n_parts([*self._blocks])
+        self._last = Block("output", part=self.n_output_parts - 1)
         self._slots: list[int] = []  # addresses of the pinned pieces, in order of worth
         self._n_pinned = self._pinning_bytes = 0
         self._let_stream(len(residency.keep))
@@ -232,18 +232,20 @@ class WindowWeights:
         finally:
             for _ in range(n_streamed):
                 self._ring.free(self._ring_pieces.popleft().ring_bytes)
-            self._read_ahead()
+            if n_streamed:
+                self._read_ahead()
 
     def _wait_for(self, block: Block) -> int:
         """Wait until the block's streamed pieces, which are the ring's oldest, are there. How many they are."""
         n = self._n_streamed[block]
-        oldest = [*islice(self._ring_pieces, n)]
-        if len(oldest) < n or any(entry.piece.block != block or entry.read.is_useless for entry in oldest):
-            self._restart_at(block)
+        if n:
             oldest = [*islice(self._ring_pieces, n)]
-        with self._trace.span(f"wait {block.kind} {block.layer}", "wait"):
-            for entry in oldest:
-                self._waited_s += entry.read.wait(self._is_cancelled)
+            if len(oldest) < n or any(entry.piece.block != block or entry.read.is_useless for entry in oldest):
+                self._restart_at(block)
+                oldest = [*islice(self._ring_pieces, n)]
+            with self._trace.span(f"wait {block.kind} {block.layer}", "wait"):
+                for entry in oldest:
+                    self._waited_s += entry.read.wait(self._is_cancelled)
         if block == self._last:  # all that this pass computes with has been read: no logits of two files mixed
             for file in self._files:
                 file.check_unchanged()
@@ -293,7 +295,7 @@ def by_block(pieces: Sequence[Piece]) -> dict[Block, list[Piece]]:
     blocks: dict[Block, list[Piece]] = {}
     for piece in sorted(pieces, key=lambda p: p.spec.key):
         blocks.setdefault(piece.block, []).append(piece)
-    for block, of_block in blocks.items():  # every part of the head needs the norm before it
-        if block.kind == "output" and block != OUTPUT:
-            of_block += [p for p in blocks[OUTPUT] if p.spec.use == "vector"]
+    for block, of_block in blocks.items():  # every part of a block needs the norms around it
+        if block.part:
+            of_block += [p for p in blocks[replace(block, part=0)] if p.spec.use == "vector"]
     return blocks

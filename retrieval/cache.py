@@ -25,15 +25,16 @@ from retrieval.cold import ColdTier, DenseTier
 from retrieval.graph import Observation
 from retrieval.hot import HotKVCache, slots_for
 from retrieval.masked import MaskedKVCache
+from retrieval.records import Records
 from retrieval.selection import Policy, Selection, Survivors, select
-from retrieval.selectors import Halves, Selector
+from retrieval.selectors import PAGE_TOKENS, Halves, Selector
 from retrieval.staged import LayerFile, StagedKVCache, from_records, in_blocks, record_blocks, to_records
 from retrieval.store import DiskTier
 
 Floats = NDArray[np.float32]
 Positions = NDArray[np.int64]
-# Layers whose attention is observed: the more, the better the survivors; four cost 2 % of a step.
-_N_OBSERVED = 4
+# Layers whose attention is observed: the more, the better the survivors; three cost 1 % of a step.
+_N_OBSERVED = 3
 # A step that looks at everything costs a dense step: at most one of so many.
 _FULL_EVERY = 16
 
@@ -53,6 +54,8 @@ class Counts:
     n_whole: int = 0  # steps that looked at everything
     n_selected: int = 0
     n_fetched: int = 0
+    n_reads: int = 0
+    read_bytes: int = 0
     select_s: float = 0.0
     fetch_s: float = 0.0
 
@@ -65,7 +68,7 @@ class RetrievedKVCache:
         """Without `disk`, the dense cache holds the whole context and is the cold tier. With it, the dense cache holds
         `from_tokens`, and is given back when the text becomes longer."""
         n_slots = slots_for(max(policy.budget, policy.most))
-        observed = observed_layers(hp) | selector.key_layers
+        observed = self._observed_layers = observed_layers(hp) | selector.key_layers
         self.context_length = context_length or dense.context_length
         self.from_tokens = max(from_tokens, policy.budget)
         if self.from_tokens > dense.context_length and disk is not None:
@@ -80,6 +83,12 @@ class RetrievedKVCache:
         self._survivors: Survivors | None = None
         self.n_attended: int | None = None  # by the last step, its own tokens apart; None for all of them
         self._n_since_whole = _FULL_EVERY
+
+    def begin(self) -> None:
+        """A request begins: what the one before has shown is no longer used, so that an answer depends on the text
+        alone, and not on whether it went on or was brought back from disk."""
+        self._survivors, self._n_since_whole = None, _FULL_EVERY
+        self.hot.truncate(0)
 
     # -- choosing ------------------------------------------------------------------------------------------------
     def select(self, batch: Batch) -> Selection | None:
@@ -96,6 +105,7 @@ class RetrievedKVCache:
         """Have the set in the hot buffer, by exchanging what differs from the one before."""
         self._spill(batch.start)
         assignment = self.hot.prepare(chosen.positions, batch)
+        before = (self.disk.n_reads, self.disk.read_bytes) if self.disk is not None else (0, 0)
         try:
             self.cold.fetch(self.hot.records, assignment.missing_slots, assignment.missing)
         except BaseException:
@@ -107,13 +117,17 @@ class RetrievedKVCache:
             self.hot.fill_ring(in_window)
         self.n_attended = len(chosen.positions)
         self.counts.n_fetched += len(assignment.missing)
+        if self.disk is not None:
+            self.counts.n_reads += self.disk.n_reads - before[0]
+            self.counts.read_bytes += self.disk.read_bytes - before[1]
 
     def commit_step(self, batch: Batch, chosen: Selection | None) -> None:
         """The step was computed, over the hot buffer or, without a set, over everything."""
         if chosen is None:
             assert self.whole is not None  # `select` gave no set
             self.commit(batch)
-            self._observed(np.arange(batch.end, dtype=np.int64), np.arange(batch.end), self.whole.observations(), batch)
+            everything = np.arange(batch.end, dtype=np.int64)
+            self._observed(everything, everything, self.whole.observations(), batch.end)
             self._n_since_whole, self.n_attended = 0, None
             self.counts.n_whole += 1
             return
@@ -127,16 +141,16 @@ class RetrievedKVCache:
         self._show_keys(new, self.hot.slots.where(new))
         self.length = batch.end
         positions = np.concatenate([chosen.positions, new])
-        self._observed(positions, self.hot.slots.where(positions), self.hot.observations(), batch)
+        self._observed(positions, self.hot.slots.where(positions), self.hot.observations(), batch.end)
         self.counts.n_steps += 1
         self.counts.n_selected += len(chosen.positions)
 
     def _observed(self, positions: Positions, cells: Positions, observations: Sequence[Observation],
-                  batch: Batch) -> None:
+                  end: int) -> None:
         """Who got attention survives; where nothing was observed, what was selected does, all alike."""
         if observations:
             attention = np.mean([one.attention.mean(0) + one.attention.max(0) for one in observations], axis=0)[cells]
-            self.selector.saw(batch.end - 1, observations)
+            self.selector.saw(end - 1, observations)
         else:
             attention = np.ones(len(positions), np.float32)
         n_most = 2 * self.policy.budget
@@ -184,6 +198,24 @@ class RetrievedKVCache:
                 self._near.keep(records, rows, positions)
         self.dense.length = end
 
+    def holder(self) -> ColdTier:
+        """Who has all tokens now."""
+        if self.disk is None or self.dense.length == self.length:
+            return self._near
+        return self.cold
+
+    def fill(self, blocks: Sequence[Records], first: int, n: int, n_tokens: int) -> None:
+        """The next `n` tokens of a text of `n_tokens`, from `first` on, are in these blocks."""
+        is_near = self.disk is None or n_tokens <= self.from_tokens
+        for records in blocks:
+            (self._near if is_near else self.cold).write_through(records, first, n)
+            layers = records.shape.layers
+            self.show_keys(first, {layer: records.values()[:n, layers.index(layer), 0]
+                                   for layer in self.selector.key_layers if layer in layers})
+        self.length = first + n
+        if is_near:
+            self.dense.length = first + n
+
     @contextmanager
     def staging(self, directory: Path, start: int, end: int) -> Iterator[StagedKVCache]:
         """A cache for a prompt from `start` to `end`, one layer at a time. Its tokens are kept once the block ends."""
@@ -192,10 +224,14 @@ class RetrievedKVCache:
         file = LayerFile(directory, self._hp, end)
         with record_blocks(self._backend, self._hp) as blocks, closing(file):
             from_records(file, self.cold, blocks, start)
-            with closing(StagedKVCache(self._backend, self._hp, end, file, self._staged_keys)) as staged:
+            with closing(StagedKVCache(self._backend, self._hp, end, file, self._staged_keys,
+                                       self._observed_layers)) as staged:
                 yield staged
+                observations = staged.observations
             to_records(file, self.cold, blocks, start, end)
-        self.length = end
+        self.length, self.n_attended = end, None
+        if observations:
+            self._observed(np.arange(end, dtype=np.int64), np.arange(end, dtype=np.int64), observations, end)
 
     def _staged_keys(self, layer: int, start: int, keys: Halves) -> None:
         if layer in self.selector.key_layers:
@@ -243,7 +279,7 @@ class RetrievedKVCache:
         """A dense pass over the last of several batches has ended."""
         start = self.dense.length
         self.dense.commit(batch)
-        self.length = batch.end
+        self.length, self.n_attended = batch.end, None
         self.show_keys(start, {layer: self._near.keys(layer, start, batch.end) for layer in self.selector.key_layers})
 
     def truncate(self, n_tokens: int) -> None:
@@ -253,8 +289,25 @@ class RetrievedKVCache:
             if self._survivors is not None:
                 kept = self._survivors.positions < n_tokens
                 self._survivors = Survivors(self._survivors.positions[kept], self._survivors.attention[kept])
+            self._show_page_again(n_tokens)
         self.dense.truncate(n_tokens)
         self.length = min(self.length, n_tokens)
+
+    def _show_page_again(self, end: int) -> None:
+        """Of the page that forgotten tokens were in, a selector has seen their keys too."""
+        start = end // PAGE_TOKENS * PAGE_TOKENS
+        if start == end or not self.selector.key_layers:
+            return
+        positions = np.arange(start, end, dtype=np.int64)
+        slots = self.hot.slots.where(positions)
+        if (slots >= 0).all():
+            self._show_keys(positions, slots)
+            return
+        with record_blocks(self._backend, self._hp) as blocks:
+            records, layers = blocks[0], blocks[0].shape.layers
+            self.holder().fetch(records, np.arange(end - start, dtype=np.int64), positions)
+            self.show_keys(start, {layer: records.values()[:end - start, layers.index(layer), 0]
+                                   for layer in self.selector.key_layers})
 
     def give_back(self) -> None:
         self.dense.give_back()

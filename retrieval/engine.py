@@ -46,6 +46,7 @@ class RetrievalEngine(Engine):
         self._hot_graphs = kind(backend, arch, kv.hot)
         self._whole_graphs = kind(backend, arch, kv.whole or kv.hot)
         self._token_ids: list[int] = []
+        self._begins = True  # a request's first tokens are its prompt, however few
 
     @property
     def compute_bytes(self) -> int:
@@ -61,7 +62,7 @@ class RetrievalEngine(Engine):
             "tier": "memory" if kv.disk is None else "disk", "budget": kv.policy.budget, "from_tokens": kv.from_tokens,
             "selector": kv.selector.name, "steps": kv.counts.n_steps, "steps_over_everything": kv.counts.n_whole,
             "selected": kv.counts.n_selected, "fetched": kv.counts.n_fetched,
-            "read_bytes": kv.disk.read_bytes if kv.disk else 0, "reads": kv.disk.n_reads if kv.disk else 0,
+            "read_bytes": kv.counts.read_bytes, "reads": kv.counts.n_reads,
             "select_ms": round(kv.counts.select_s * 1000, 3), "fetch_ms": round(kv.counts.fetch_s * 1000, 3)}}
 
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> Logits:
@@ -81,16 +82,22 @@ class RetrievalEngine(Engine):
 
     def _run(self, batches: list[Batch]) -> Logits | None:
         kv, start, end = self._retrieved, batches[0].start, batches[-1].end
+        is_prompt, self._begins = self._begins or end - start > MAX_STEP_TOKENS, False
         if end <= kv.from_tokens:
             kv.gather(start)
             return super()._run(batches)
-        if len(batches) == 1 and batches[0].n_tokens <= MAX_STEP_TOKENS:
+        if not is_prompt:
             return self._attend_to_a_set(batches[0])
-        if kv.disk is not None:
-            return self._prefill_by_layer(batches)
         *before, last = _last_token_apart(batches)
-        super()._run(before)
+        if kv.disk is not None:
+            return self._prefill_by_layer([*before, last])
+        if before:
+            super()._run(before)
         return self._look_at_everything(last)
+
+    def refresh(self) -> None:
+        self._begins = True
+        self._retrieved.begin()
 
     def _prefill_by_layer(self, batches: list[Batch]) -> Logits | None:
         """A prompt, some thousand tokens after the other, with one layer's keys and values in memory."""

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.architectures.base import Hyperparameters
 from edgert.engine.kv_cache import append
-from edgert.ggml.abi import TYPE_F16, TYPE_I64
-from edgert.ggml.backend import Backend
+from edgert.ggml.abi import TYPE_F16, TYPE_F32, TYPE_I64
 from edgert.ggml.graph import Context, Graph, Tensor
 
 Floats = NDArray[np.float32]
@@ -47,6 +47,16 @@ class Observation:
 
 
 @dataclass(slots=True)
+class Observed:
+    """Where one layer's observation goes: `attention` (n_cells, 1, n_heads) and `queries` (head_dim, n_heads, 1)
+    float32; and what its attention is scaled with, once a graph was built."""
+
+    attention: Tensor
+    queries: Tensor
+    scale: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class SelectiveKVGraph:
     """A KVGraph with one plane for layers that see the whole context, and one for those with a window."""
 
@@ -55,16 +65,32 @@ class SelectiveKVGraph:
     full: Plane
     window: Plane | None
     window_layers: frozenset[int]
-    observed_layers: frozenset[int] = frozenset()
+    observed: dict[int, Observed]  # by layer
     arrays: list[NDArray[Any]] = field(default_factory=list)
-    _observed: list[tuple[int, Tensor, Tensor, float]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, g: Context, hp: Hyperparameters, k: Sequence[Tensor], v: Sequence[Tensor], n_tokens: int, n_cells: int,
+           n_window_cells: int, observed_layers: frozenset[int]) -> SelectiveKVGraph:
+        """Observed where the batch is one token."""
+        window = Plane.of(g, n_window_cells, n_tokens) if hp.window_layers else None
+        observed = {layer: Observed(g.input("attention", TYPE_F32, (n_cells, 1, hp.n_heads)),
+                                    g.input("queries", TYPE_F32, (hp.head_dim, hp.n_heads)))
+                    for layer in sorted(observed_layers) if n_tokens == 1}
+        return cls(k, v, Plane.of(g, n_cells, n_tokens), window, hp.window_layers, observed)
 
     def inputs(self) -> list[Tensor]:
-        return [t for plane in (self.full, self.window) if plane is not None for t in (plane.cells, plane.mask)]
+        planes = [t for plane in (self.full, self.window) if plane is not None for t in (plane.cells, plane.mask)]
+        return [*planes, *(t for one in self.observed.values() for t in (one.attention, one.queries))]
+
+    def variant(self, layer: int) -> int | None:
+        return layer if layer in self.observed else None
 
     def with_inputs(self, inputs: Sequence[Tensor], k: Tensor, v: Tensor) -> SelectiveKVGraph:
-        window = Plane(*inputs[2:]) if self.window is not None else None
-        return SelectiveKVGraph([k], [v], Plane(*inputs[:2]), window, self.window_layers)
+        given = iter(inputs)
+        full = Plane(next(given), next(given))
+        window = None if self.window is None else Plane(next(given), next(given))
+        observed = {layer: Observed(next(given), next(given), own.scale) for layer, own in self.observed.items()}
+        return SelectiveKVGraph([k], [v], full, window, self.window_layers, observed)
 
     def attend(self, g: Graph, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         for tensor in (q, v, k):
@@ -73,19 +99,21 @@ class SelectiveKVGraph:
         n_cells = plane.mask.ne[0]
         keys = append(g, self.k[layer % len(self.k)], k, plane.cells, n_cells)
         values = append(g, self.v[layer % len(self.v)], v, plane.cells, n_cells)
-        if layer in self.observed_layers and q.ne[2] == 1:
-            self._observe(g, layer, q, keys, scale)
+        if layer in self.observed:
+            self._observe(g, self.observed[layer], q, keys, scale)
         out = g.flash_attention(q, keys, values, plane.mask, scale)  # (head_dim, n_heads, n_tokens)
         head_dim, n_heads, n_tokens, _ = out.ne
         return g.reshape(out, head_dim * n_heads, n_tokens)
 
-    def _observe(self, g: Graph, layer: int, q: Tensor, keys: Tensor, scale: float) -> None:
+    def _observe(self, g: Graph, into: Observed, q: Tensor, keys: Tensor, scale: float) -> None:
         logits = g.mul_mat(g.permute(keys, 0, 2, 1, 3), g.permute(q, 0, 2, 1, 3))  # (n_cells, 1, n_heads)
-        attention = g.output(g.masked_soft_max(logits, self.full.mask, scale))
-        self._observed.append((layer, attention, g.output(q), scale))
+        g.expand(g.copy(g.masked_soft_max(logits, self.full.mask, scale), into.attention))
+        g.expand(g.copy(g.reshape(q, *into.queries.ne[:2]), into.queries))
+        into.scale[:] = [scale]
 
     def observations(self) -> list[Observation]:
-        """Of the computation that was last; views of the graph's memory. Empty for batches, and block by block."""
-        return [Observation(layer, Backend.array(attention).reshape(q.ne[1], -1),
-                            Backend.array(q).reshape(q.ne[1], q.ne[0]), scale)
-                for layer, attention, q, scale in self._observed]
+        """Of the computation that was last; views of its memory. Empty for batches."""
+        arrays = self.arrays[4 if self.window is not None else 2:]
+        found = zip(self.observed.items(), arrays[::2], arrays[1::2], strict=True)
+        return [Observation(layer, attention.reshape(one.queries.ne[1], -1), queries.reshape(one.queries.ne[1], -1),
+                            one.scale[0]) for (layer, one), attention, queries in found if one.scale]

@@ -17,7 +17,7 @@ from edgert.engine.batch import Batch
 from edgert.errors import ContextOverflow
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
-from retrieval.graph import Observation, Plane, SelectiveKVGraph
+from retrieval.graph import Observation, SelectiveKVGraph
 from retrieval.records import Records, RecordShape, in_layer_order
 from retrieval.slots import Assignment, Slots
 
@@ -46,7 +46,7 @@ class HotKVCache:
         self.context_length, self.length = context_length, 0
         self.n_slots = n_slots
         self.slots = Slots(self.n_slots, context_length)
-        self._window, self._window_layers, self._observed_layers = hp.window, hp.window_layers, observed_layers
+        self._hp, self._window, self._observed_layers = hp, hp.window, observed_layers
         self.records = Records(backend, RecordShape.full(hp), self.n_slots, "the hot buffer")
         self.ring: Records | None = None
         if hp.window_layers:
@@ -99,9 +99,8 @@ class HotKVCache:
         return self.n_slots
 
     def open(self, g: Context, n_tokens: int, n_cells: int) -> SelectiveKVGraph:
-        window = None if self.ring is None else Plane.of(g, self.ring.n_rows, n_tokens)
-        return SelectiveKVGraph(self._k, self._v, Plane.of(g, n_cells, n_tokens), window, self._window_layers,
-                                self._observed_layers)
+        n_ring = 0 if self.ring is None else self.ring.n_rows
+        return SelectiveKVGraph.of(g, self._hp, self._k, self._v, n_tokens, n_cells, n_ring, self._observed_layers)
 
     def write(self, inputs: SelectiveKVGraph, batch: Batch) -> None:
         """Each token sees the selected ones, those of the batch before it, and itself."""

@@ -16,17 +16,28 @@ from edgert.engine.batch import Batch
 from edgert.engine.kv_cache import DenseKVCache, fill_causal
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
-from retrieval.graph import Observation, Plane, SelectiveKVGraph
+from retrieval.graph import Observation, SelectiveKVGraph
 
 Positions = NDArray[np.int64]
+
+
+def write_causal(inputs: SelectiveKVGraph, batch: Batch, window: int) -> None:
+    """Fill the inputs of a view whose cells are positions: each token sees everything up to its own."""
+    if not inputs.arrays:
+        inputs.arrays = [Backend.array(t).reshape(batch.n_tokens, -1) for t in inputs.inputs()]
+    cells, mask, *others = inputs.arrays
+    cells[:, 0] = range(batch.start, batch.end)
+    fill_causal(mask, batch.start)
+    if inputs.window is not None:
+        others[0][:, 0] = range(batch.start, batch.end)
+        fill_causal(others[1], batch.start, window)
 
 
 class MaskedKVCache:
     """Sees `visible` cached tokens, or all of them where that is None; the batch's own always, causally."""
 
     def __init__(self, dense: DenseKVCache, hp: Hyperparameters, observed_layers: frozenset[int]) -> None:
-        self._dense, self._window, self._window_layers = dense, hp.window, hp.window_layers
-        self._observed_layers = observed_layers
+        self._dense, self._hp, self._observed_layers = dense, hp, observed_layers
         self.visible: Positions | None = None
         self._written: SelectiveKVGraph | None = None
 
@@ -62,22 +73,14 @@ class MaskedKVCache:
         return self._dense.bucket(batch)
 
     def open(self, g: Context, n_tokens: int, n_cells: int) -> SelectiveKVGraph:
-        window = Plane.of(g, n_cells, n_tokens) if self._window_layers else None
-        return SelectiveKVGraph(self.k, self.v, Plane.of(g, n_cells, n_tokens), window, self._window_layers,
-                                self._observed_layers)
+        return SelectiveKVGraph.of(g, self._hp, self.k, self.v, n_tokens, n_cells, n_cells, self._observed_layers)
 
     def write(self, inputs: SelectiveKVGraph, batch: Batch) -> None:
-        if not inputs.arrays:
-            inputs.arrays = [Backend.array(t).reshape(batch.n_tokens, -1) for t in inputs.inputs()]
-        cells, mask, *window = inputs.arrays
-        cells[:, 0] = range(batch.start, batch.end)
-        fill_causal(mask, batch.start)
+        write_causal(inputs, batch, self._hp.window)
         if self.visible is not None:
+            mask = inputs.arrays[1]
             mask[:, :batch.start] = -np.inf
             mask[:, self.visible] = 0
-        if window:
-            window[0][:, 0] = range(batch.start, batch.end)
-            fill_causal(window[1], batch.start, self._window)
         self._written = inputs
 
     def observations(self) -> list[Observation]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
-from edgert.architectures.base import Architecture
+from edgert.architectures.base import Architecture, Hyperparameters
 from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.engine.retrieval_head import RetrievalHead
@@ -27,14 +28,19 @@ def open_retrieval(arch: Architecture, weights: WeightSource, dense: DenseKVCach
                    graphs: BlockwiseGraphs | None = None, trace: Trace = OFF) -> RetrievalEngine:
     """The engine owns everything that it is given. Raises KVStoreError, NoSpace, OutOfMemory."""
     hp, context_length = arch.hp, dense.context_length
-    selector: Selector
-    if head is None:
-        _log.info("this model has no retrieval head: bounds on its keys choose the tokens that a step attends to")
-        selector = PageSelector(observed_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)
-    else:
-        selector = HeadSelector(head, context_length)
-    disk = None
+    selector, disk = open_selector(hp, head, context_length), None
     if sizes.tier == "disk":
         disk = DiskTier(backend, hp, context_length, temporary_files(store))
-    kv = RetrievedKVCache(backend, hp, dense, selector, policy_for(sizes.budget), sizes.from_tokens, disk=disk)
+    policy = policy_for(sizes.budget)
+    if head is None:
+        policy = replace(policy, least_mass=0.0)  # bounds are no distribution that could tell how sure they are
+    kv = RetrievedKVCache(backend, hp, dense, selector, policy, sizes.from_tokens, disk=disk)
     return RetrievalEngine(arch, weights, kv, backend, store=store, batch_size=batch_size, graphs=graphs, trace=trace)
+
+
+def open_selector(hp: Hyperparameters, head: RetrievalHead | None, context_length: int) -> Selector:
+    """The head's, or, for a model without one, bounds on keys."""
+    if head is not None:
+        return HeadSelector(head, context_length, hp.hidden_size)
+    _log.warning("this model has no retrieval head: bounds on its keys choose the tokens that a step attends to")
+    return PageSelector(observed_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)

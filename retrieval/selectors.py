@@ -6,6 +6,7 @@ for the step after the last token. Source of the bounds: Quest, arXiv 2406.10774
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -52,6 +53,21 @@ class Selector(Protocol):
         """The step of the token at `position` was observed."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """Two selectors of one identity read each other's state."""
+        ...
+
+    def state_size(self, n_tokens: int) -> int:
+        """Values that `state` has: what cannot be made again of the tokens' keys."""
+        ...
+
+    def state(self, n_tokens: int) -> Floats:
+        """(state_size(n_tokens),): what it keeps of the first tokens."""
+        ...
+
+    def restore(self, state: Floats, n_tokens: int) -> None: ...
+
     def scores(self, n_tokens: int) -> Floats | None:
         """(n_tokens,): for the step after the last of so many tokens. None where nothing is known of what it wants."""
         ...
@@ -63,8 +79,8 @@ class HeadSelector:
     name = "head"
     key_layers: frozenset[int] = frozenset()
 
-    def __init__(self, head: RetrievalHead, context_length: int) -> None:
-        self._head = head
+    def __init__(self, head: RetrievalHead, context_length: int, hidden_size: int) -> None:
+        self._head, self._n_features = head, (1 + len(head.feature_layers)) * hidden_size
         self.feature_layers: frozenset[int] | None = frozenset(head.feature_layers)
         self._keys = np.zeros((head.n_groups, context_length, head.dim), np.float32)
         self._queries: dict[int, Floats] = {}  # by position, of the last tokens
@@ -87,6 +103,25 @@ class HeadSelector:
     def saw(self, position: int, observations: Sequence[Observation]) -> None:
         """It has its own queries."""
 
+    @property
+    def identity(self) -> str:
+        """The head by what it does: a hash of its projections of one token."""
+        n_features = self._n_features
+        probe = np.linspace(-1, 1, n_features, dtype=np.float32)[None]
+        raw = self._head.project_keys(probe, np.array([7], np.int64)).astype(np.float32)
+        return f"head {zlib.crc32(np.round(raw, 3).tobytes()):08x}"
+
+    def state_size(self, n_tokens: int) -> int:
+        return n_tokens * self._keys.shape[0] * self._keys.shape[2]
+
+    def state(self, n_tokens: int) -> Floats:
+        return self._keys[:, :n_tokens].reshape(-1)
+
+    def restore(self, state: Floats, n_tokens: int) -> None:
+        n_tokens_here = min(n_tokens, self._keys.shape[1])
+        kept = state.reshape(self._keys.shape[0], n_tokens, -1)
+        self._keys[:, :n_tokens_here] = kept[:, :n_tokens_here]
+
     def scores(self, n_tokens: int) -> Floats | None:
         query = self._queries.get(n_tokens - 1)
         if query is None:
@@ -99,7 +134,7 @@ class PageSelector:
     """No training: pages of 16 tokens, bounded by their keys' least and greatest values in a few layers.
 
     A page's score is the share of attention that its best key could have, by the queries that were seen last, in the
-    head that gives it most. Forgotten tokens widen a page's bounds until they are replaced.
+    head that gives it most. A page is made anew by keys that begin with its first.
     """
 
     name = "pages"
@@ -134,6 +169,19 @@ class PageSelector:
                     low = np.minimum(low, bounds[:, page, self._head_dim:])
                 bounds[:, page, :self._head_dim], bounds[:, page, self._head_dim:] = high, low
                 done += part.shape[1]
+
+    @property
+    def identity(self) -> str:
+        return self.name
+
+    def state_size(self, n_tokens: int) -> int:
+        return 0  # pages are made of keys
+
+    def state(self, n_tokens: int) -> Floats:
+        return np.zeros(0, np.float32)
+
+    def restore(self, state: Floats, n_tokens: int) -> None:
+        """It is shown the keys."""
 
     def saw(self, position: int, observations: Sequence[Observation]) -> None:
         n_pages = position // PAGE_TOKENS + 1

@@ -23,8 +23,8 @@ PASSING_TOKENS = {"resident": 2048, "streamed": 8192}
 
 
 def policy_for(budget: int) -> Policy:
-    """A set of `budget` tokens, half as many more where the head is unsure. Small budgets have small windows."""
-    return Policy(budget, budget + budget // 2, n_recent=min(32, budget // 4), n_sinks=min(4, budget // 16))
+    """A set of `budget` tokens, a quarter more where the head is unsure. Small budgets have small windows."""
+    return Policy(budget, budget + budget // 4, n_recent=min(32, budget // 4), n_sinks=min(4, budget // 16))
 
 
 def kv_sizes(hp: Hyperparameters, context_length: int, budget: int, from_tokens: int, tier: Literal["memory", "disk"],

@@ -15,14 +15,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgert.architectures.base import Hyperparameters
+from edgert.engine.batch import Batch
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.errors import KVStoreError, NoSpace
 from edgert.ggml.backend import Backend
+from edgert.ggml.graph import Context
 from retrieval.cold import ColdTier
+from retrieval.graph import Observation, SelectiveKVGraph
+from retrieval.masked import write_causal
 from retrieval.records import Halves, Records, RecordShape
 
 # Tokens that are turned at a time: requests of 48 KiB for SmolLM2-135M, in 3 MiB of memory.
@@ -80,13 +85,16 @@ def _write(fd: int, memory: list[memoryview], offset: int) -> int:
 
 
 class StagedKVCache(DenseKVCache):
-    """A dense cache with the memory of one layer. Tokens from `start` to `end` are being computed."""
+    """A dense cache with the memory of one layer. Tokens from `start` to `end` are being computed; of a batch of one
+    token, which comes last, some layers are observed."""
 
     def __init__(self, backend: Backend, hp: Hyperparameters, n_cells: int, file: LayerFile,
-                 saw_keys: Callable[[int, int, Halves], None]) -> None:
+                 saw_keys: Callable[[int, int, Halves], None], observed_layers: frozenset[int]) -> None:
         """`saw_keys(layer, start, keys (n, kv_size))` is told of every layer's new keys."""
         super().__init__(backend, replace(hp, n_layers=1), n_cells)
-        self._file, self._saw_keys = file, saw_keys
+        self._file, self._saw_keys, self._hp, self._observed_layers = file, saw_keys, hp, observed_layers
+        self._written: SelectiveKVGraph | None = None
+        self.observations: list[Observation] = []
         self._rows: tuple[Halves, Halves] = Backend.array(self.k[0]), Backend.array(self.v[0])
         self.k, self.v = self.k * hp.n_layers, self.v * hp.n_layers
         self.start = self.end = 0
@@ -99,6 +107,21 @@ class StagedKVCache(DenseKVCache):
         for part, rows in enumerate(self._rows):
             self._file.write(layer, part, self.start, rows[self.start:self.end])
         self._saw_keys(layer, self.start, self._rows[0][self.start:self.end])
+        if self._written is not None:  # its memory is every batch's in turn
+            self.observations += [replace(one, attention=one.attention.copy(), queries=one.queries.copy())
+                                  for one in self._written.observations() if one.layer == layer]
+
+    def open(self, g: Context, n_tokens: int, n_cells: int) -> Any:
+        if n_tokens > 1:
+            return super().open(g, n_tokens, n_cells)
+        return SelectiveKVGraph.of(g, self._hp, self.k, self.v, 1, n_cells, n_cells, self._observed_layers)
+
+    def write(self, inputs: Any, batch: Batch) -> None:
+        if not isinstance(inputs, SelectiveKVGraph):
+            super().write(inputs, batch)
+            return
+        write_causal(inputs, batch, self._hp.window)
+        self._written, self.observations = inputs, self.observations if self._written is inputs else []
 
 
 def to_records(file: LayerFile, cold: ColdTier, blocks: list[Records], start: int, end: int) -> None:

@@ -97,6 +97,7 @@ class DiskTier:
     def write_through(self, records: Records, start: int, n: int) -> None:
         """The first `n` records are the tokens from `start` on: a prompt's, many at once."""
         part = self._parts[records.shape]
+        self._write_behind(part)  # what waits comes before
         self._wait(part.writing)
         part.file.write(start, _memory(records, np.arange(n, dtype=np.int64)))
         part.n_written = part.n_started = part.n_kept = start + n

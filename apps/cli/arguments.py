@@ -173,11 +173,11 @@ def cluster_options(args: argparse.Namespace) -> ClusterOptions | None:
 
 
 def open_runtime(args: argparse.Namespace, context: int | None, trace: Path | None = None,
-                 speculate: Speculate = "auto") -> Runtime:
+                 speculate: Speculate = "auto", session: str | None = None) -> Runtime:
     """The Runtime that `add_model_options` asked for. Raises what Runtime.load raises."""
     from edgert.runtime import Runtime
 
     return Runtime.load(args.model, memory=args.memory, context=context, threads=args.threads, batch=args.batch,
                         kv_type=args.kv_type, layout=args.layout, models_dirs=args.models_dir, trace=trace,
                         speculate=speculate, cluster=cluster_options(args), kv_budget=args.kv_budget,
-                        kv_store=args.kv_store)
+                        kv_store=args.kv_store, session=session)

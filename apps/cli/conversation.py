@@ -42,23 +42,38 @@ class Conversation:
         self._raw, self._options = raw, options
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
+        if runtime.session is not None:
+            self._go_on(runtime.session.conversation)
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self._messages = list(self._system)
         self._transcript = ""
 
+    def _go_on(self, kept: Mapping[str, Any]) -> None:
+        """Take up what a session holds; what is not of its form is left out."""
+        turns = kept.get("messages")
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict) and turn.get("role") in ("user", "assistant") \
+                    and isinstance(turn.get("content"), str):
+                self._messages.append({"role": turn["role"], "content": turn["content"]})
+        self._transcript = str(kept.get("transcript", ""))
+
     def start(self, text: str) -> Generation:
         """The answer to `text`, about to be made. Raises what Runtime.generate raises."""
         if self._raw:
-            return self.runtime.generate(self._transcript + text, **self._options)
+            prompt = (self._transcript + text).encode("utf-8", errors="surrogateescape")
+            return self.runtime.generate(prompt, **self._options)
         return self.runtime.chat([*self._messages, {"role": "user", "content": text}], **self._options)
 
     def keep(self, text: str, answer: str) -> None:
-        """Add a turn, if there was an answer at all."""
+        """Add a turn, if there was an answer at all; in a session, for good. Raises KVStoreError, NoSpace."""
         if answer:
             self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
             self._transcript += f"{text}{answer}\n"
+        if self.runtime.session is not None:
+            turns = self._messages[len(self._system):]
+            self.runtime.save_session({"messages": turns, "transcript": self._transcript})
 
 
 def converse(conversation: Conversation, output: AnswerStream, interrupts: Interrupts) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ def add_subcommands(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
                                    description="Delete a model, all its parts, from edgert's own directory. Files "
                                                "elsewhere are never touched.")
     remove.add_argument("model", metavar="MODEL", help="a name of `edgert list`, a path, or user/repo[:quant]")
+    listing.add_argument("--sessions", action="store_true", help="the sessions of `edgert run --session` instead")
+    next(action for action in remove._actions if action.dest == "model").nargs = "?"
+    remove.add_argument("--session", metavar="NAME", help="delete this session instead of a model")
     for parser, func in ((pull, run_pull), (listing, run_list), (show, run_show), (remove, run_remove)):
         parser.add_argument("--models-dir", metavar="DIR", type=Path, action="append", default=[],
                             help="a directory with GGUF files; may be given several times")
@@ -62,6 +66,8 @@ def run_list(args: argparse.Namespace) -> int:
     """Print every model, grouped by the directory that it was found in."""
     from edgert.units import format_bytes
 
+    if args.sessions:
+        return _list_sessions(args)
     entries = _catalog(args).list()
     if args.json:
         print(_json({"models": [_entry_json(entry) for entry in entries]}))
@@ -91,9 +97,14 @@ def run_show(args: argparse.Namespace) -> int:
 
 def run_remove(args: argparse.Namespace) -> int:
     """Delete a model of edgert's own, and say what was deleted."""
+    from edgert.errors import UsageError
     from edgert.models.remove import remove
     from edgert.units import format_bytes
 
+    if (args.model is None) == (args.session is None):
+        raise UsageError("rm takes a MODEL, or --session NAME", "See `edgert rm --help`.")
+    if args.session is not None:
+        return _remove_session(args)
     removal = remove(args.model, _catalog(args))
     if args.json:
         print(_json({"removed": [str(path) for path in removal.paths], "freed_bytes": removal.freed_bytes}))
@@ -101,6 +112,35 @@ def run_remove(args: argparse.Namespace) -> int:
     for path in removal.paths:
         print(f"removed {_shown(str(path))}")
     print(f"{format_bytes(removal.freed_bytes)} freed")
+    return 0
+
+
+def _list_sessions(args: argparse.Namespace) -> int:
+    from edgert.paths import Paths
+    from edgert.units import format_bytes
+    from retrieval.sessions import list_sessions
+
+    sessions = list_sessions(Paths.of_user().sessions)
+    if args.json:
+        print(_json({"sessions": [asdict(one) for one in sessions]}))
+        return 0
+    if not sessions:
+        print("No sessions yet. `edgert run MODEL --session NAME` begins one.", file=sys.stderr)
+    width = min(MAX_NAME_WIDTH, max((len(one.name) for one in sessions), default=0))
+    for one in sessions:
+        what = one.problem or f"{one.n_tokens} tokens  {one.model}"
+        print(f"{_shown(one.name):<{width}}  {format_bytes(one.size_bytes):>10}  {_shown(what)}")
+    return 0
+
+
+def _remove_session(args: argparse.Namespace) -> int:
+    from edgert.paths import Paths
+    from edgert.units import format_bytes
+    from retrieval.sessions import remove_session
+
+    freed_bytes = remove_session(Paths.of_user().sessions, args.session)
+    print(_json({"removed": [args.session], "freed_bytes": freed_bytes}) if args.json
+          else f"{format_bytes(freed_bytes)} freed")
     return 0
 
 

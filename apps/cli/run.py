@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from apps.cli.arguments import add_cluster_options, add_model_options, open_runtime, token_count, whole
 
 if TYPE_CHECKING:
+    from apps.cli.conversation import Conversation
     from apps.cli.interrupts import Interrupts
     from apps.cli.terminal import AnswerStream
     from edgert.generation import Generation
     from edgert.runtime import Runtime
-    from edgert.text.template import Message
 
 _log = logging.getLogger(__name__)
 _MAX_FORM_BYTES = 2**20  # the compilers' own bounds are lower (edgert/text/constraint_check.py)
@@ -43,6 +43,8 @@ def add_subcommand(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     group.add_argument("--context", type=token_count, metavar="N",
                        help="tokens of prompt and answer together: 8192 or 8k (default: the model's, at most 8k)")
+    group.add_argument("--session", metavar="NAME",
+                       help="go on with what was said under this name, without computing it again, and keep it")
     add_cluster_options(parser)
     _add_answer_options(parser)
     parser.set_defaults(func=run)
@@ -85,17 +87,19 @@ def run(args: argparse.Namespace) -> int:
     if prompt is None and args.json:
         raise UsageError("--json needs a prompt", "Give a text as argument or with --prompt-file.")
     output, options = AnswerStream(sys.stdout), answer_options(args)
-    with Interrupts() as interrupts, open_runtime(args, args.context, args.trace, args.speculate) as runtime:
+    with Interrupts() as interrupts, open_runtime(args, args.context, args.trace, args.speculate,
+                                                args.session) as runtime:
         interrupts.raise_missed()
         raw = args.raw or not runtime.has_template
         if raw and args.system is not None:
             raise UsageError(f"{runtime.model.path.name} has no chat template, which --system needs",
                              "Put what the model should know into the prompt.")
-        if prompt is None:
-            from apps.cli.conversation import Conversation, converse
+        from apps.cli.conversation import Conversation, converse
 
-            return converse(Conversation(runtime, raw=raw, system=args.system, options=options), output, interrupts)
-        return _answer_once(args, runtime, prompt, raw, options, output, interrupts)
+        conversation = Conversation(runtime, raw=raw, system=args.system, options=options)
+        if prompt is None:
+            return converse(conversation, output, interrupts)
+        return _answer_once(args, conversation, prompt, output, interrupts)
 
 
 def answer_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -123,22 +127,20 @@ def _text_of(name: str | None) -> str | None:
         raise UsageError(f"{name} is not UTF-8 text", "Name a file with a JSON schema or a GBNF grammar.") from None
 
 
-def _answer_once(args: argparse.Namespace, runtime: Runtime, prompt: bytes, raw: bool, options: dict[str, Any],
-                 output: AnswerStream, interrupts: Interrupts) -> int:
+def _answer_once(args: argparse.Namespace, conversation: Conversation, prompt: bytes, output: AnswerStream,
+                 interrupts: Interrupts) -> int:
     from apps.cli.interrupts import exit_status
 
-    if raw:
-        generation = runtime.generate(prompt, **options)
-    else:
-        system: list[Message] = [] if args.system is None else [{"role": "system", "content": args.system}]
-        # Bytes that are not UTF-8 pass through the template as surrogates, and become bytes again as tokens.
-        text = prompt.decode("utf-8", errors="surrogateescape")
-        generation = runtime.chat([*system, {"role": "user", "content": text}], **options)
+    runtime = conversation.runtime
+    # Bytes that are not UTF-8 pass through the template as surrogates, and become bytes again as tokens.
+    text = prompt.decode("utf-8", errors="surrogateescape")
+    generation = conversation.start(text)
     with interrupts.stopping(generation.cancel):
         stream_answer(generation, None if args.json else output)
         if args.json:
             output.write(json.dumps(answer_object(generation, runtime)) + "\n")
         report(generation, runtime)
+    conversation.keep(text, generation.text)
     return 0 if interrupts.stopped_by is None else exit_status(interrupts.stopped_by)
 
 

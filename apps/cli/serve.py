@@ -99,7 +99,7 @@ def _application(args: argparse.Namespace) -> tuple[Any, ServerSettings]:
     if said:
         _say(said)
     load = LoadOptions(args.memory, args.context, args.threads, args.batch, args.kv_type, args.layout,
-                       tuple(args.models_dir))
+                       tuple(args.models_dir), args.kv_budget, args.kv_store)
     settings = ServerSettings(args.host, args.port, key, frozenset(args.allow_host), frozenset(args.cors_origin),
                               None if args.keep_alive < 0 else args.keep_alive, args.queue, load)
     host = Host(settings, Shelf(catalog, served), Measures())

@@ -28,10 +28,13 @@ class LoadOptions:
     kv_type: str = "f16"
     layout: str = "auto"
     models_dirs: tuple[Path, ...] = ()
+    kv_budget: int | str | None = None  # tokens that a step attends to, or "full"
+    kv_store: Path | None = None
 
     def to_frame(self) -> Mapping[str, Any]:
         return {"memory": self.memory, "context": self.context, "threads": self.threads, "batch": self.batch,
-                "kv_type": self.kv_type, "layout": self.layout, "models_dirs": [str(one) for one in self.models_dirs]}
+                "kv_type": self.kv_type, "layout": self.layout, "models_dirs": [str(one) for one in self.models_dirs],
+                "kv_budget": self.kv_budget, "kv_store": None if self.kv_store is None else str(self.kv_store)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,10 @@ class Worker:
         from apps.server.answering import describe
         from edgert.runtime import Runtime
 
-        options = {**frame["options"], "models_dirs": [Path(one) for one in frame["options"]["models_dirs"]]}
+        given = frame["options"]
+        store = given.get("kv_store")
+        options = {**given, "models_dirs": [Path(one) for one in given["models_dirs"]],
+                   "kv_store": None if store is None else Path(store)}
         self._runtime = Runtime.load(Path(frame["path"]), **options)
         self._send({"event": "loaded", "id": frame["id"], **describe(self._runtime)})
 

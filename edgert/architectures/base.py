@@ -24,10 +24,11 @@ MAX_CONTEXT = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One unit of weights. `layer` is 0 for the embedding and the output head."""
+    """One unit of weights. `layer` is 0 for the embedding and the output head; where a block is cut, `part` counts."""
 
     kind: BlockKind
     layer: int = 0
+    part: int = 0
 
 
 EMBEDDING, OUTPUT = Block("embedding"), Block("output")
@@ -136,7 +137,15 @@ class Architecture(Protocol):
 
     def ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> Tensor:
         """This rank's part of the FFN block's output, to be summed over ranks. `carried` is what `carry` gave."""
-        ...
+        return self.ffn_down(g, w, self.ffn_hidden(g, w, x))
+
+    def ffn_hidden(self, g: Graph, w: Weights, x: Tensor) -> Tensor:
+        """(rows, n_tokens): the hidden values of a dense FFN, for the rows of gate and up that `w` holds."""
+        raise AssertionError(f"{self.hp.architecture} has experts")
+
+    def ffn_down(self, g: Graph, w: Weights, hidden: Tensor) -> Tensor:
+        """(rows, n_tokens) of what `ffn` gives, for the rows of the down projection that `w` holds."""
+        raise AssertionError(f"{self.hp.architecture} has experts")
 
     def add_ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, summed: Tensor) -> Tensor:
         """The hidden state after the layer."""

@@ -82,8 +82,11 @@ class Gemma3(Architecture):
     def add_attention(self, g: Graph, layer: int, w: Weights, x: Tensor, summed: Tensor) -> Tensor:
         return g.add(g.rms_norm(summed, w["post_attention_norm.weight"], self.hp.rms_eps), x)
 
-    def ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> Tensor:
-        return layers.gated_ffn(g, w, g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps), "gelu")
+    def ffn_hidden(self, g: Graph, w: Weights, x: Tensor) -> Tensor:
+        return layers.gated(g, w, g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps), "gelu")
+
+    def ffn_down(self, g: Graph, w: Weights, hidden: Tensor) -> Tensor:
+        return layers.linear(g, w, "ffn_down", hidden)
 
     def add_ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, summed: Tensor) -> Tensor:
         return g.add(g.rms_norm(summed, w["post_ffw_norm.weight"], self.hp.rms_eps), x)

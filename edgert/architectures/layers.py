@@ -76,11 +76,11 @@ def attend(g: Graph, layer: int, w: Weights, q: Tensor, k: Tensor, v: Tensor, in
     return linear(g, w, "attn_output", attended)
 
 
-def gated_ffn(g: Graph, w: Weights, x: Tensor, activation: Activation) -> Tensor:
-    """down(activation(gate(x)) * up(x)). (hidden_size, n_tokens)."""
+def gated(g: Graph, w: Weights, x: Tensor, activation: Activation) -> Tensor:
+    """activation(gate(x)) * up(x). (ffn_size, n_tokens)."""
     up = linear(g, w, "ffn_up", x)
     gate = linear(g, w, "ffn_gate", x)
-    return linear(g, w, "ffn_down", g.gated(gate, up, activation))
+    return g.gated(gate, up, activation)
 
 
 def output_head(g: Graph, w: Weights, x: Tensor, eps: float) -> Tensor:

@@ -62,7 +62,13 @@ class Llama(Architecture):
     def ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> Tensor:
         if self.hp.n_experts:
             return moe.ffn(g, self, layer, w, x, carried)
-        return layers.gated_ffn(g, w, g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps), "silu")
+        return super().ffn(g, layer, w, x, carried)
+
+    def ffn_hidden(self, g: Graph, w: Weights, x: Tensor) -> Tensor:
+        return layers.gated(g, w, g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps), "silu")
+
+    def ffn_down(self, g: Graph, w: Weights, hidden: Tensor) -> Tensor:
+        return layers.linear(g, w, "ffn_down", hidden)
 
     def router(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> moe.Routing:
         x = g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps)

@@ -52,8 +52,11 @@ class Qwen2(Architecture):
     def add_attention(self, g: Graph, layer: int, w: Weights, x: Tensor, summed: Tensor) -> Tensor:
         return g.add(summed, x)
 
-    def ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, carried: Tensor | None) -> Tensor:
-        return layers.gated_ffn(g, w, g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps), "silu")
+    def ffn_hidden(self, g: Graph, w: Weights, x: Tensor) -> Tensor:
+        return layers.gated(g, w, g.rms_norm(x, w["ffn_norm.weight"], self.hp.rms_eps), "silu")
+
+    def ffn_down(self, g: Graph, w: Weights, hidden: Tensor) -> Tensor:
+        return layers.linear(g, w, "ffn_down", hidden)
 
     def add_ffn(self, g: Graph, layer: int, w: Weights, x: Tensor, summed: Tensor) -> Tensor:
         return g.add(summed, x)

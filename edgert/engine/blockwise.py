@@ -1,21 +1,22 @@
 """One graph for each kind of block: for weights that come and go, and for partial results that travel.
 
 A graph is built once per kind and batch shape; for each use its placeholders are rebound to the leased weights, the
-layer's cache and the batch's hidden state. Binding costs some 10 us a block. Results are copied out of the shared
-compute buffer: hidden states live per batch, so that a whole prompt can pass one layer before the next is read.
+layer's cache and the batch's hidden state. Binding and starting it cost some 20 us, so operations that follow each
+other with nothing to wait for between them make one graph. Results are copied out of the shared compute buffer: hidden
+states live per batch, so that a whole prompt can pass one layer before the next is read.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.architectures.base import Architecture, Weights
+from edgert.architectures.base import Architecture
 from edgert.engine.batch import Batch, Phase, in_parts
+from edgert.engine.block_graph import BlockGraph, Operation
 from edgert.engine.block_state import BlockState
 from edgert.engine.expert_graphs import ExpertMemory
 from edgert.engine.features import FeatureSink
@@ -24,7 +25,7 @@ from edgert.engine.kv_cache import KVCache
 from edgert.engine.scratch import Scratch
 from edgert.errors import OutOfMemory
 from edgert.ggml.backend import Allocator, Backend, Buffer
-from edgert.ggml.graph import Graph, Tensor
+from edgert.ggml.graph import Graph
 
 # A prompt of 8k tokens passes in parts whose attention reads 32 numbers of cells: a shape each, and an attention graph
 # for every kind of layer (60 KiB each).
@@ -34,30 +35,20 @@ MAX_GRAPHS, _MAX_SHAPES = 128, 64
 PART_TOKENS = (256, 128)
 
 
-@dataclass(slots=True)
-class _BlockGraph:
-    graph: Graph
-    weights: dict[str, Tensor]
-    arguments: list[Tensor]  # stand for the sources that `compute` is given, in its order
-    phase: Phase
-
-    def close(self) -> None:
-        self.graph.close()
-
-
 class BlockwiseGraphs:
     """Block graphs by function, layer kind, tensor types and shape. All share one compute buffer per phase."""
 
     def __init__(self, backend: Backend, arch: Architecture, kv: KVCache) -> None:
         self.backend, self.arch, self.kv = backend, arch, kv
         self._allocators = self._new_allocators()
-        self._graphs: OrderedDict[tuple[object, ...], _BlockGraph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[object, ...], BlockGraph] = OrderedDict()
         self._scratch: dict[tuple[int, int, int], Scratch] = {}
         self._buffer: Buffer | None = None
         self.experts = ExpertMemory(backend)
         self._work_bytes = 0
         self.only_measures = False
         self.part_tokens = PART_TOKENS[0]
+        self.is_alone = True  # no other device adds to partial results
 
     @property
     def compute_bytes(self) -> int:
@@ -68,7 +59,7 @@ class BlockwiseGraphs:
     def run(self, batches: list[Batch], forward: Callable[[list[State]], None],
             features: FeatureSink | None = None) -> NDArray[np.float32] | None:
         """Pass the batches through the model, layer by layer. Logits of the last batch, or None."""
-        states = [BlockState(self, batch) for batch in batches]
+        states = [BlockState(self, batch, is_only=len(batches) == 1) for batch in batches]
         try:
             forward(list(states))
             if features is not None:
@@ -125,37 +116,26 @@ class BlockwiseGraphs:
                 other.written_for = None
         return self._buffer
 
-    def compute(self, function: Callable[..., Sequence[Tensor]], kind: tuple[object, ...], w: Weights,
-                sources: Sequence[Tensor], into: Sequence[Tensor], phase: Phase) -> None:
-        """Run `function(graph, weights, *sources)` and copy its results to `into`. Equal `kind`s have equal graphs but
-        for the types of their weights."""
-        key = (*kind, phase, *[(k, t.form) for k, t in w.items()])
+    def compute(self, operations: Sequence[Operation], phase: Phase) -> None:
+        """Run the operations as one graph; what one of them gives, those after it get without a copy."""
+        key = phase, *[(op.kind, *[(k, t.form) for k, t in op.weights.items()]) for op in operations]
         built = self._graphs.get(key)
         if built is None:
-            built = self._build(function, w, sources, into, phase)
+            built = self._build(operations, phase)
             self._graphs[key] = built
             while len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)[1].close()
         self._graphs.move_to_end(key)
         if self.only_measures:
             return
-        for k, placeholder in built.weights.items():
-            built.graph.rebind(placeholder, w[k])
-        for placeholder, source in zip(built.arguments, (*sources, *into), strict=True):
-            built.graph.rebind(placeholder, source)
+        built.bind(operations)
         self.backend.compute(built.graph)
 
-    def _build(self, function: Callable[..., Sequence[Tensor]], w: Weights, sources: Sequence[Tensor],
-               into: Sequence[Tensor], phase: Phase) -> _BlockGraph:
-        g = Graph(n_nodes(self.arch.hp, 1))
-        weights = {k: g.placeholder(t) for k, t in w.items()}
-        stand_ins = [g.placeholder(t) for t in sources]
-        targets = [g.placeholder(t) for t in into]
-        for result, target in zip(function(g, weights, *stand_ins), targets, strict=True):
-            g.expand(g.copy(result, target))
-        self._place(g, phase)
-        self._work_bytes = max(self._work_bytes, self.backend.work_bytes(g))
-        return _BlockGraph(g, weights, [*stand_ins, *targets], phase)
+    def _build(self, operations: Sequence[Operation], phase: Phase) -> BlockGraph:
+        built = BlockGraph.of(operations, phase, n_nodes(self.arch.hp, 1))
+        self._place(built.graph, phase)
+        self._work_bytes = max(self._work_bytes, self.backend.work_bytes(built.graph))
+        return built
 
     def _place(self, g: Graph, phase: Phase) -> None:
         moved = True

@@ -73,6 +73,7 @@ class Engine:
         """Logits of the last batch, or None when none are wanted."""
         if isinstance(self._graphs, BlockwiseGraphs):
             n_tokens = sum(batch.n_tokens for batch in batches)
+            self._graphs.is_alone = isinstance(self.collective, Solo)
             with self._trace.span(f"{batches[0].phase} {n_tokens}", "compute"):
                 logits = self._graphs.run(self._graphs.in_parts(batches), self._forward, self._features)
             self.kv.commit(batches[-1])
@@ -152,18 +153,20 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, kv: KV
                 state.keep_outputs()
             states = [state for state in states if state.batch.n_outputs]
             reduce = collective.reduce
-        with weights.lease(Block("ffn", layer), phase) as w:
-            if experts is not None:
-                stream_experts(states, layer, w, experts, reduce)
-            else:
+        for part in range(weights.n_ffn_parts):
+            with weights.lease(Block("ffn", layer, part), phase) as w:
+                if experts is not None:
+                    stream_experts(states, layer, w, experts, reduce)
+                    continue
                 for state in states:
                     partial = state.ffn(layer, w)
-                    state.add_ffn(layer, w, reduce(partial))
+                    if part == weights.n_ffn_parts - 1:
+                        state.add_ffn(layer, w, reduce(partial))
         for state in states if layer in featured else ():
             state.keep_feature()
 
     for part in range(weights.n_output_parts if collective.rank == 0 else 0):
-        with weights.lease(Block("output", part), phase) as w:
+        with weights.lease(Block("output", part=part), phase) as w:
             for state in states:
                 state.output(w, part)
 

@@ -45,7 +45,11 @@ class KVGraph(Protocol):
     def attend(self, g: Graph, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
     def inputs(self) -> list[Tensor]:
-        """Every graph input of the cache."""
+        """Every tensor of the cache that needs memory beside the graph's results."""
+        ...
+
+    def variant(self, layer: int) -> int | None:
+        """Layers of one kind and one variant have the same graph."""
         ...
 
     def with_inputs(self, inputs: Sequence[Tensor], k: Tensor, v: Tensor) -> KVGraph:
@@ -115,6 +119,9 @@ class DenseKVGraph:
     def inputs(self) -> list[Tensor]:
         optional = (self.window_mask, self.k_rotation, self.v_rotation)
         return [self.cells, self.mask, *(t for t in optional if t is not None)]
+
+    def variant(self, layer: int) -> None:
+        return None
 
     def with_inputs(self, inputs: Sequence[Tensor], k: Tensor, v: Tensor) -> DenseKVGraph:
         cells, mask, *others = inputs

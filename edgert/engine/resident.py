@@ -50,7 +50,7 @@ class ResidentWeights:
     """A WeightSource that holds every block. Memory: the file's pages, and the repacked tensors once more."""
 
     resident = True
-    n_output_parts = 1
+    n_output_parts = n_ffn_parts = 1
     experts = None
     waited_s = 0.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgert.architectures.base import Hyperparameters
 from edgert.engine.batch import Batch
 from edgert.engine.fused import Inputs
 from edgert.ggml.abi import TYPE_F32
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from edgert.engine.blockwise import BlockwiseGraphs
 
 _ALIGN = 64
-_MAX_OUTPUT_PARTS = 1024
+_MAX_PARTS = 1024
 
 
 class Memory:
@@ -43,6 +44,58 @@ def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // _ALIGN) * _ALIGN
 
 
+class Rows:
+    """A matrix (n_rows, n_columns) float32 that graphs fill some rows at a time."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+        self._context, self._views = Context(_MAX_PARTS), dict[int, Tensor]()
+
+    def at(self, first: int, n_rows: int) -> Tensor:
+        """Rows `first` and on, as a strided view."""
+        view = self._views.get(first)
+        if view is None:
+            view = self._views[first] = self._context.tensor(TYPE_F32, (n_rows, self.whole.ne[1]))
+            view.struct.nb[1], view.struct.nb[2], view.struct.nb[3] = (self.whole.nb[d] for d in (1, 2, 3))
+        view.struct.data, view.struct.buffer = self.whole.data + 4 * first, self.whole.struct.buffer
+        return view
+
+    def close(self) -> None:
+        self._context.close()
+
+
+class FfnParts:
+    """What a batch keeps of an FFN that comes in parts: its hidden values and its output, some rows at a time."""
+
+    def __init__(self, backend: Backend, hp: Hyperparameters, n_tokens: int) -> None:
+        context, self.n_tokens = Context(2), n_tokens
+        self.hidden = Rows(context.tensor(TYPE_F32, (hp.ffn_size, n_tokens)))
+        self.output = Rows(context.tensor(TYPE_F32, (hp.hidden_size, n_tokens)))
+        self._memory = Memory(backend, context, [self.hidden.whole, self.output.whole])
+        self._n_hidden = self._n_output = 0
+
+    @staticmethod
+    def bytes_per_token(hp: Hyperparameters) -> int:
+        return 4 * (hp.ffn_size + hp.hidden_size)
+
+    def next_hidden(self, n_rows: int) -> Tensor:
+        """Where the next rows of hidden values go; after the last, the first rows again."""
+        first = self._n_hidden % self.hidden.whole.ne[0]
+        self._n_hidden = first + n_rows
+        return self.hidden.at(first, n_rows)
+
+    def next_output(self, n_rows: int) -> Tensor:
+        """Where the next rows of output go; after the last, the first rows again."""
+        first = self._n_output % self.output.whole.ne[0]
+        self._n_output = first + n_rows
+        return self.output.at(first, n_rows)
+
+    def close(self) -> None:
+        for rows in (self.hidden, self.output):
+            rows.close()
+        self._memory.close()
+
+
 class Scratch:
     """What all batches of one shape share: graph inputs, the partial result and the logits. Shapes share the memory
     too, for one batch computes at a time."""
@@ -54,21 +107,12 @@ class Scratch:
         self.partial = context.tensor(TYPE_F32, (hp.hidden_size, batch.n_tokens))
         self.partial_outputs = context.tensor(TYPE_F32, (hp.hidden_size, n_rows))
         self.logits = context.tensor(TYPE_F32, (hp.vocab_size, n_rows))
-        self._view_context, self._views = Context(_MAX_OUTPUT_PARTS), dict[int, Tensor]()
+        self.logits_rows = Rows(self.logits)
         tensors = [*self.inputs.tensors(), self.partial, self.partial_outputs, self.logits]
         size_bytes = sum(_aligned(t.n_bytes) for t in tensors)
         self.memory = Memory(graphs.backend, context, tensors, graphs.scratch_buffer(size_bytes))
         self.written_for: Batch | None = None
 
-    def logits_rows(self, first: int, n_rows: int) -> Tensor:
-        """Rows `first` and on of the logits, as a strided view."""
-        view = self._views.get(first)
-        if view is None:
-            view = self._views[first] = self._view_context.tensor(TYPE_F32, (n_rows, self.logits.ne[1]))
-            view.struct.nb[1], view.struct.nb[2], view.struct.nb[3] = (self.logits.nb[d] for d in (1, 2, 3))
-        view.struct.data, view.struct.buffer = self.logits.data + 4 * first, self.logits.struct.buffer
-        return view
-
     def close(self) -> None:
-        self._view_context.close()
+        self.logits_rows.close()
         self.memory.close()

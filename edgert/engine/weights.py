@@ -54,7 +54,10 @@ class Leases(Protocol):
     """What one pass through the model asks of a source."""
 
     n_output_parts: int
-    """The output head comes as this many blocks ("output", part), each some rows of it in order."""
+    """The output head comes as this many blocks, each some rows of it in order."""
+    n_ffn_parts: int
+    """A dense FFN comes as this many blocks: first rows of gate and up, then rows of down, each in order. One block
+    has everything."""
 
     @property
     def experts(self) -> Experts | None:

@@ -37,12 +37,13 @@ _GATED = {"silu": "ggml_swiglu_split", "gelu": "ggml_geglu_split", "relu": "ggml
 class Tensor:
     """A handle on a `struct ggml_tensor`. Valid as long as the context that made it."""
 
-    __slots__ = ("_form", "address", "struct")
+    __slots__ = ("_form", "_ne", "address", "struct")
 
     def __init__(self, address: int) -> None:
         self.address = address
         self.struct = TensorStruct.from_address(address)
         self._form: tuple[int, bool, int] | None = None
+        self._ne: tuple[int, int, int, int] | None = None
 
     @property
     def form(self) -> tuple[int, bool, int]:
@@ -54,7 +55,9 @@ class Tensor:
 
     @property
     def ne(self) -> tuple[int, int, int, int]:
-        return tuple(self.struct.ne)
+        if self._ne is None:  # a shape never changes
+            self._ne = tuple(self.struct.ne)
+        return self._ne
 
     @property
     def nb(self) -> tuple[int, int, int, int]:

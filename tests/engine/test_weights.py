@@ -44,7 +44,7 @@ def opened(kind: str, path: Path) -> Iterator[tuple[WeightSource, ModelFile, Arc
 def blocks(source: WeightSource, arch: Architecture) -> list[Block]:
     """Every block but the embedding, in the order of a step."""
     layers = [Block(kind, layer) for layer in range(arch.hp.n_layers) for kind in ("attention", "ffn")]
-    return [*layers, *(Block("output", part) for part in range(source.n_output_parts))]
+    return [*layers, *(Block("output", part=part) for part in range(source.n_output_parts))]
 
 
 def in_memory(tensor: Tensor) -> bytes:

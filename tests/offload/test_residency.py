@@ -16,7 +16,7 @@ from edgert.gguf.model_file import ModelFile
 from offload import residency
 from offload.arena import PAGE_BYTES
 from offload.readers import aligned_range
-from offload.residency import Piece, always_pinned, choose, cut
+from offload.residency import Piece, always_pinned, choose, cut, n_parts
 
 KIB, MIB = 2**10, 2**20
 fuzzed = settings(derandomize=True, deadline=None, max_examples=60)
@@ -45,7 +45,7 @@ def models(draw: st.DrawFn) -> list[Piece]:
     sizes = st.one_of(st.integers(1, 256 * KIB), st.integers(64 * KIB, 40 * MIB))
     pieces, offset = [], draw(st.integers(0, 4096))
     blocks = [Block(kind, layer) for layer in range(draw(st.integers(1, 6))) for kind in ("attention", "ffn")]
-    blocks += [Block("output", part) for part in range(draw(st.integers(1, 4)))]
+    blocks += [Block("output", part=part) for part in range(draw(st.integers(1, 4)))]
     for block in blocks:
         for number in range(draw(st.integers(1, 4))):
             n_bytes = draw(sizes)
@@ -176,7 +176,7 @@ def test_a_large_head_is_cut_by_rows(tiny_model: Callable[..., Path], monkeypatc
     head = [p for p in cut(model, arch) if p.block.kind == "output" and len(p.shape) == 2]
     name = "token_embd.weight" if tied else "output.weight"
     info = model.tensors[name]
-    assert [p.block for p in head] == [Block("output", part) for part in range(n_parts)]
+    assert [p.block for p in head] == [Block("output", part=part) for part in range(n_parts)]
     assert [p.first_row for p in head] == list(range(0, vocab_size, 256))
     assert sum(p.shape[1] for p in head) == vocab_size
     assert [p.offset for p in head] == [info.offset + info.type.row_bytes(info.shape[0]) * p.first_row for p in head]
@@ -191,6 +191,27 @@ def test_parts_of_a_head_are_as_large_as_allowed(tiny_model: Callable[..., Path]
     monkeypatch.setattr(residency, "MAX_PIECE_BYTES", 700 * row_bytes)
     head = [p for p in cut(model, open_architecture(model)) if p.spec.name == "output.weight"]
     assert [p.shape[1] for p in head] == [512, 512, 512, 464]
+
+
+def test_a_large_ffn_is_cut_by_rows_where_its_hidden_values_take_less(tiny_model: Callable[..., Path],
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelFile.open(tiny_model("llama", hidden_size=512, ffn_size=1100, quantisation="F16"))
+    arch = open_architecture(model)
+    assert n_parts([p.block for p in cut(model, arch)]) == (1, 1)  # not large
+    monkeypatch.setattr(residency, "_MAX_FFN_BYTES", 2**20)
+    pieces = cut(model, arch)
+    layer = [(p.block.part, p.spec.key, p.first_row, p.shape[1]) for p in pieces
+             if p.block.kind == "ffn" and p.block.layer == 1 and len(p.shape) == 2]
+    assert layer == [(0, "ffn_gate.weight", 0, 512), (0, "ffn_up.weight", 0, 512),
+                     (1, "ffn_gate.weight", 512, 512), (1, "ffn_up.weight", 512, 512),
+                     (2, "ffn_gate.weight", 1024, 76), (2, "ffn_up.weight", 1024, 76),
+                     (3, "ffn_down.weight", 0, 256), (4, "ffn_down.weight", 256, 256)]
+    assert sum(p.n_bytes for p in pieces) == sum(t.n_bytes for name, t in model.tensors.items()
+                                                 if name != "token_embd.weight")
+    assert n_parts([p.block for p in cut(model, arch, cuts_ffn=False)]) == (1, 1)
+    ffn_bytes, per_token = 3 * 512 * 1100 * 2 + 512 * 4, 4 * (1100 + 512)
+    assert n_parts([p.block for p in cut(model, arch, ffn_bytes // per_token)]) == (1, 5)
+    assert n_parts([p.block for p in cut(model, arch, ffn_bytes // per_token + 1)]) == (1, 1)
 
 
 def test_pieces_of_a_split_model_name_their_part(tiny_model: Callable[..., Path]) -> None:

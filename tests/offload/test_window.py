@@ -16,6 +16,7 @@ from streaming import logits_of, open_streaming, small_pieces, window_of
 from tiny_architectures import ARCHITECTURES
 
 from edgert.architectures.base import Block
+from offload import residency
 
 TinyModel = Callable[..., Path]
 # Two batches, then single tokens, then a batch that is a prompt's next part.
@@ -86,6 +87,22 @@ def test_a_head_in_many_parts_gives_every_row(tiny_model: TinyModel, monkeypatch
         assert window_of(engine).n_output_parts == 6  # 256 rows each
         for n_tokens, n_outputs in ((100, 7), (3, 3), (1, 1)):
             token_ids = np.array(random_tokens(n_tokens, seed=n_outputs, vocab_size=1300), np.int32)
+            np.testing.assert_array_equal(resident.step(token_ids, n_outputs), engine.step(token_ids, n_outputs))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_an_ffn_in_parts_gives_the_same_bits(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, architecture: str,
+                                             share: float) -> None:
+    small_pieces(monkeypatch)
+    monkeypatch.setattr(residency, "_MAX_FFN_BYTES", 1)
+    path = tiny_model(architecture, quantisation="MIXED", hidden_size=512, ffn_size=768, head_dim=64)
+    with open_engine(path) as resident, open_streaming(path, share) as engine:
+        assert window_of(engine).n_ffn_parts == 3 + 2  # gate and up, then down, 256 rows each
+        for n_kept, n_tokens, n_outputs in ((0, 1000, 1), (1000, 1, 1), (700, 70, 5), (770, 3, 3)):
+            token_ids = np.array(random_tokens(n_tokens, seed=n_kept), np.int32)
+            for one in (resident, engine):
+                one.kv.truncate(n_kept)
             np.testing.assert_array_equal(resident.step(token_ids, n_outputs), engine.step(token_ids, n_outputs))
 
 

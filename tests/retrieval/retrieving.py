@@ -48,7 +48,7 @@ class RandomHead:
 
 
 def head_selector(hp: Hyperparameters, context_length: int) -> Selector:
-    return HeadSelector(RandomHead(hp.hidden_size), context_length)
+    return HeadSelector(RandomHead(hp.hidden_size), context_length, hp.hidden_size)
 
 
 def page_selector(hp: Hyperparameters, context_length: int) -> Selector:

@@ -41,7 +41,7 @@ def test_features_are_the_streams_over_their_root_mean_squares() -> None:
 
 
 def test_a_heads_scores_are_for_the_step_after_the_last_token_by_that_tokens_query() -> None:
-    selector, all_streams = HeadSelector(Echo(), 64), streams(20, 1)
+    selector, all_streams = HeadSelector(Echo(), 64, 6), streams(20, 1)
     selector.add_features(0, [s[:12] for s in all_streams])
     selector.add_features(12, [s[12:] for s in all_streams])
     keys = features_of(all_streams)[:, :4]
@@ -49,7 +49,7 @@ def test_a_heads_scores_are_for_the_step_after_the_last_token_by_that_tokens_que
 
 
 def test_after_wrong_guesses_the_query_is_the_last_right_tokens() -> None:
-    selector, all_streams = HeadSelector(Echo(), 64), streams(20, 1)
+    selector, all_streams = HeadSelector(Echo(), 64, 6), streams(20, 1)
     selector.add_features(0, all_streams)
     keys = features_of(all_streams)[:18, :4]
     assert selector.scores(18) == pytest.approx(keys @ keys[17], abs=1e-5)

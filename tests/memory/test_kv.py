@@ -1,0 +1,50 @@
+"""The terms of a cache whose steps attend to a set, by hand; and that a longer text never takes less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from hypothesis import given
+from hypothesis import strategies as st
+from shapes import profile, shape
+
+from edgert.memory.kv import KVSizes
+from edgert.memory.model import Sizes as WeightSizes
+from edgert.memory.model import kv_bytes, predict, token_bytes
+
+DISK = KVSizes("disk", budget=512, from_tokens=2048, fixed_bytes=10_000_000, selector_bytes_per_token=256,
+               layer_bytes_per_token=2048, passing_bytes_per_token=40_960, passing_tokens=1024, block_bytes=500_000)
+DENSE = 32 * 2**10
+
+
+def test_on_disk_a_text_takes_a_dense_cache_up_to_its_threshold_or_what_a_prompt_needs_beyond() -> None:
+    assert DISK.bytes(DENSE, 300) == 512 * DENSE + 500_000 + 10_000_000 + 300 * 256
+    long = DISK.bytes(DENSE, 100_000)
+    staged = 100_096 * 2048 + 1024 * 40_960 + 500_000
+    assert long == max(2048 * DENSE + 500_000, staged) + 10_000_000 + 100_000 * 256
+    assert DISK.bytes(DENSE, 4000) == 2048 * DENSE + 500_000 + 10_000_000 + 4000 * 256
+
+
+def test_in_memory_a_set_comes_on_top_of_the_dense_cache() -> None:
+    near = replace(DISK, tier="memory")
+    assert near.bytes(DENSE, 5000) == 5120 * DENSE + 10_000_000 + 5000 * 256
+
+
+@given(tier=st.sampled_from(["memory", "disk"]), from_tokens=st.integers(64, 9000), dense=st.integers(64, 2**18),
+       fixed=st.integers(0, 2**28), passing=st.integers(0, 2**17), tokens=st.lists(st.integers(1, 40_000), min_size=2))
+def test_a_longer_text_never_takes_less(tier: Literal["memory", "disk"], from_tokens: int, dense: int, fixed: int,
+                                        passing: int, tokens: list[int]) -> None:
+    sizes = replace(DISK, tier=tier, from_tokens=from_tokens, fixed_bytes=fixed, passing_bytes_per_token=passing)
+    taken = [sizes.bytes(dense, n) for n in sorted(tokens)]
+    assert taken == sorted(taken)
+
+
+def test_the_models_terms_are_those_of_the_cache() -> None:
+    long, dense = shape(kv=DISK), shape()
+    assert kv_bytes(long, 30_000) == DISK.bytes(DENSE, 30_000) < kv_bytes(dense, 30_000) / 5
+    assert token_bytes(long, 30_000) == kv_bytes(long, 30_000)
+    resident = WeightSizes("resident")
+    short, far = (predict(long, profile(), resident, 1, n).attend_s for n in (2000, 30_000))
+    assert far < short, "a step attends to a set"
+    assert predict(long, profile(), resident, 1, 2000).attend_s == predict(dense, profile(), resident, 1, 2000).attend_s
