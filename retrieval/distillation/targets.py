@@ -1,7 +1,7 @@
 """What attention looks at, averaged over layers and heads, kept sparse: the distribution that a head learns.
 
-Source: DeepSeek-V3.2's indexer (sum over heads, normalised) and SeerAttention-R (max-pool, so that a rare sharp head
-counts): shared notes, section 7.
+Sources: the indexer of DeepSeek-V3.2 (sum over heads, normalised), and SeerAttention-R (max-pool, so that a rare
+sharp head counts).
 """
 
 from __future__ import annotations
