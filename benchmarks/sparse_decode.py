@@ -4,9 +4,9 @@
         [--tier memory|disk] [--store DIR] [--snapshot FILE.npz | --synthetic] [--text FILE ...] [--head auto|none]
 
 The text (Python's own sources where none is given) is prefilled once, densely; with --snapshot its keys and values are
-kept for the next run; with --synthetic they are random, for speed alone without the minutes. Each step is taken by both engines in turn; medians, and ratios of medians. The ceiling is
-Amdahl's: a dense step over as few tokens as the set has. Where the model has a retrieval head, it needs features of
-the text, so both engines prefill.
+kept for the next run; with --synthetic they are random, for speed alone without the minutes of a prefill. Each step is
+taken by both engines in turn; medians, and ratios of medians. The ceiling is Amdahl's: a dense step over as few tokens
+as the set has. Where the model has a retrieval head, it needs features of the text, so both engines prefill.
 """
 
 from __future__ import annotations
