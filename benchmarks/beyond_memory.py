@@ -29,6 +29,7 @@ from control_group import drop_page_cache, is_possible, run_limited
 _TIMEOUT_S = 900.0
 _RAW_S = 0.35  # of each number of threads; about 1 GB
 _UNLIMITED = 1 << 40
+_MAX_REFUSALS = 6
 Row = dict[str, Any]
 
 
@@ -88,13 +89,16 @@ def limited(args: argparse.Namespace, name: str, budget: int, prompt: int, token
         with args.model.open("rb") as file:
             while file.read(1 << 24):
                 pass
-    command = [sys.executable, __file__, args.what, str(args.model), "--child", name, "--memory", str(budget),
-               "--context", str(args.context), "--prompt", str(prompt), "--tokens", str(tokens)]
-    outcome = run_limited(command, budget, _TIMEOUT_S)
+    outcome = run_limited(_command(args, name, budget, prompt, tokens), budget, _TIMEOUT_S)
     if outcome.returncode:
         raise SystemExit(f"{name} at {budget} bytes ended with status {outcome.returncode}")
     return {**json.loads(outcome.stdout.splitlines()[-1]), "peak_bytes": outcome.peak_bytes,
             "limit_hits": outcome.limit_hits, "oom_kills": outcome.oom_kills, "read_bytes": outcome.read_bytes}
+
+
+def _command(args: argparse.Namespace, name: str, budget: int, prompt: int, tokens: int) -> list[str]:
+    return [sys.executable, __file__, args.what, str(args.model), "--child", name, "--memory", str(budget),
+            "--context", str(args.context), "--prompt", str(prompt), "--tokens", str(tokens)]
 
 
 def raw_bandwidth(path: Path) -> float:
@@ -189,15 +193,7 @@ def prefill(args: argparse.Namespace, ratio: float, prompt: int) -> Row:
 
 def budgets(args: argparse.Namespace) -> list[Row]:
     """Every step between the smallest budget that works and the model's size keeps inside its control group."""
-    from edgert import Runtime
-    from edgert.errors import BudgetTooSmall
-
-    try:
-        Runtime.load(str(args.model), memory=1, context=args.context, speculate="off").close()
-        raise SystemExit("a budget of one byte was not refused")
-    except BudgetTooSmall as refusal:
-        smallest = refusal.smallest_bytes + 8 * 2**20  # this process is not the child: its own size differs a little
-    rows = []
+    smallest, rows = _smallest_budget(args), []
     for step in range(args.steps):
         budget = smallest + (args.model.stat().st_size - smallest) * step // max(1, args.steps - 1)
         ours = limited(args, "edgert", budget, args.prompt, args.tokens)
@@ -207,6 +203,19 @@ def budgets(args: argparse.Namespace) -> list[Row]:
               f"{ours['peak_rss_bytes'] / 2**20:7.1f} MiB  limit hits {ours['limit_hits']}  OOM kills "
               f"{ours['oom_kills']}  {ours['tok_s']:6.2f} tok/s", flush=True)
     return rows
+
+
+def _smallest_budget(args: argparse.Namespace) -> int:
+    """What a process under a limit says that it needs, when it is asked again with what it said."""
+    budget = args.model.stat().st_size // 8
+    for _ in range(_MAX_REFUSALS):
+        outcome = run_limited(_command(args, "edgert", budget, args.prompt, 1), budget, _TIMEOUT_S)
+        answer = json.loads(outcome.stdout.splitlines()[-1]) if outcome.returncode == 0 else Row()
+        if "refused" not in answer:
+            break
+        print(f"{budget / 2**20:7.1f} MiB  refused: {answer['refused']}", flush=True)
+        budget = answer["smallest_bytes"]
+    return int(budget)
 
 
 def main() -> None:
@@ -226,7 +235,12 @@ def main() -> None:
     parser.add_argument("--child", choices=("edgert", "resident", "llama.cpp"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args)))
+        from edgert.errors import BudgetTooSmall
+
+        try:
+            print(json.dumps(child(args)))
+        except BudgetTooSmall as refusal:
+            print(json.dumps({"refused": refusal.message, "smallest_bytes": refusal.smallest_bytes}))
         return
     if not is_possible():
         raise SystemExit("this needs root and a writable memory control group")

@@ -19,7 +19,7 @@ from offload.direct_file import ALIGN_BYTES, DirectFile
 # One request of 2 MiB: large enough for the disk, small enough that four threads share a tensor.
 CHUNK_BYTES = 2 * 2**20
 # A slow disk gets smaller requests, so that `close` need not wait: at 50 MB/s four of 2 MiB take 170 ms.
-_LEAST_REQUEST_BYTES, _SLOW_REQUEST_S = 2**18, 0.04
+_LEAST_REQUEST_BYTES, _SLOW_REQUEST_S = 2**18, 0.02
 _CANCEL_POLL_S = 0.02
 _DEADLINE_S = 120.0  # a throttled SD card reads a 32 MiB piece in seconds; beyond this the disk is gone
 _CLOSE_DEADLINE_S = 10.0  # four chunks from a disk of 1 MB/s
