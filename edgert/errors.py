@@ -84,6 +84,14 @@ class UnsupportedArchitecture(ModelFileError):
         self.supported = supported
 
 
+class HeadRefused(ModelFileError):
+    """A retrieval head that does not belong to the model, is damaged, or is none that edgert writes."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, f"retrieval head: {problem}",
+                         "Make one with `edgert distill`, or use the model without.")
+
+
 class TemplateError(ModelFileError):
     """The file's chat template does not parse, fails, or exceeds its bounds."""
 

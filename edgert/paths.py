@@ -19,6 +19,11 @@ class Paths:
     cache: Path
 
     @property
+    def heads(self) -> Path:
+        """Retrieval heads that were distilled here."""
+        return self.models.parent / "heads"
+
+    @property
     def sessions(self) -> Path:
         """Keys and values of conversations that go on later."""
         return self.models.parent / "sessions"

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -113,7 +112,7 @@ class Planning:
                                           budget_bytes=self.budget_bytes)
             shape = shape_of(file, self.arch, self.pieces, options.kv_type)
             self.demand = Demand(shape, overheads, self.kv.context_length, options.batch_size, self.layouts.repacked)
-            self.head = None if is_shard else head_of(file, self.arch)
+            self.head = None if is_shard else head_of(file, self.arch, paths)
             if not is_shard:
                 self.demand = self._with_kv()
             self._opened = opened.pop_all()
@@ -225,14 +224,11 @@ def shape_of(file: ModelFile, arch: Architecture, pieces: Sequence[Piece], kv_ty
         repackable_bytes=dict(matrices + head + experts))
 
 
-def head_of(file: ModelFile, arch: Architecture) -> RetrievalHead | None:
+def head_of(file: ModelFile, arch: Architecture, paths: Paths) -> RetrievalHead | None:
     """The retrieval head that was distilled from this file, if there is one."""
-    try:
-        heads = import_module("retrieval.head")
-    except ImportError:
-        return None
-    head: RetrievalHead | None = heads.find_head(file, arch.hp)
-    return head
+    from retrieval.head import find_head
+
+    return find_head(file, arch.hp, [paths.heads])
 
 
 def check_kv(options: EngineOptions, arch: Architecture, context_length: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import edgert
 from apps.bench import command as bench
-from apps.cli import models, plan, run, serve
+from apps.cli import distill, models, plan, run, serve
 from apps.cli.arguments import Parser, add_common_options
 from apps.cli.interrupts import Terminated, exit_status
 from apps.cli.messages import complain, logging_to_stderr
@@ -94,6 +94,7 @@ def build_parser() -> Parser:
     plan.add_subcommand(subparsers)
     serve.add_subcommands(subparsers)
     models.add_subcommands(subparsers)
+    distill.add_subcommand(subparsers)
     bench.add_subcommand(subparsers)
     for subparser in (*subparsers.choices.values(), *cluster.add_subcommands(subparsers)):
         add_common_options(subparser)

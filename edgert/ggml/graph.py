@@ -263,6 +263,11 @@ class Graph(Context):
         self._base.ggml_mul_mat_set_hint(rotated.address, _HINT_HADAMARD)
         return self.reshape(rotated, *shape[:3])
 
+    def custom(self, name: str, *arguments: object) -> Tensor:
+        """An operation that only measurements need: its C function is declared, and its arguments checked, by whoever
+        calls it."""
+        return self._op(name, *arguments)
+
     # -- rows and shapes --------------------------------------------------------------------------------------
     def get_rows(self, table: Tensor, ids: Tensor) -> Tensor:
         """Rows of `table` by number, as float32. The numbers must lie below table.ne[1]."""
