@@ -31,6 +31,7 @@ from edgert.engine.layouts import Layouts
 from edgert.engine.resident import ResidentWeights
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
+from edgert.paths import Paths
 from edgert.planning import head_of
 from edgert.text.tokenizer import Tokenizer
 from retrieval.engine import RetrievalEngine
@@ -112,7 +113,7 @@ def open_dense(args: argparse.Namespace) -> Engine:
 
 def open_sparse(args: argparse.Namespace) -> RetrievalEngine:
     arch, weights, kv, backend, file = _parts(args)
-    head = None if args.head == "none" else head_of(file, arch)
+    head = None if args.head == "none" else head_of(file, arch, Paths.of_user())
     sizes = kv_sizes(arch.hp, kv.context_length, args.budget, min(2048, args.context // 2), args.tier, head, "resident")
     return open_retrieval(arch, weights, kv, backend, sizes, head, args.store)
 
