@@ -82,7 +82,7 @@ def text_of(args: argparse.Namespace) -> NDArray[np.int32]:
     """As many tokens as are prefilled and then measured."""
     n = args.context + args.steps + 1
     if args.synthetic:
-        return np.random.default_rng(0).integers(0, 30_000, n, dtype=np.int32)
+        return np.asarray(np.random.default_rng(0).integers(0, 30_000, n), np.int32)
     if args.snapshot and args.snapshot.exists():
         return np.asarray(np.load(args.snapshot)["ids"], np.int32)[:n]
     files = args.text or sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py"))
