@@ -4,9 +4,9 @@
         [--tier memory|disk] [--store DIR] [--snapshot FILE.npz | --synthetic] [--text FILE ...] [--head auto|none]
 
 The text (Python's own sources where none is given) is prefilled once, densely; with --snapshot its keys and values are
-kept for the next run; with --synthetic they are random, for speed alone without the minutes. Each step is taken by both engines in turn; medians, and ratios of medians. The ceiling is
-Amdahl's: a dense step over as few tokens as the set has. Where the model has a retrieval head, it needs features of
-the text, so both engines prefill.
+kept for the next run; with --synthetic they are random, for speed alone without the minutes of a prefill. Each step is
+taken by both engines in turn; medians, and ratios of medians. The ceiling is Amdahl's: a dense step over as few tokens
+as the set has. Where the model has a retrieval head, it needs features of the text, so both engines prefill.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from edgert.engine.layouts import Layouts
 from edgert.engine.resident import ResidentWeights
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
+from edgert.paths import Paths
 from edgert.planning import head_of
 from edgert.text.tokenizer import Tokenizer
 from retrieval.engine import RetrievalEngine
@@ -81,7 +82,7 @@ def text_of(args: argparse.Namespace) -> NDArray[np.int32]:
     """As many tokens as are prefilled and then measured."""
     n = args.context + args.steps + 1
     if args.synthetic:
-        return np.random.default_rng(0).integers(0, 30_000, n, dtype=np.int32)
+        return np.asarray(np.random.default_rng(0).integers(0, 30_000, n), np.int32)
     if args.snapshot and args.snapshot.exists():
         return np.asarray(np.load(args.snapshot)["ids"], np.int32)[:n]
     files = args.text or sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py"))
@@ -112,7 +113,7 @@ def open_dense(args: argparse.Namespace) -> Engine:
 
 def open_sparse(args: argparse.Namespace) -> RetrievalEngine:
     arch, weights, kv, backend, file = _parts(args)
-    head = None if args.head == "none" else head_of(file, arch)
+    head = None if args.head == "none" else head_of(file, arch, Paths.of_user())
     sizes = kv_sizes(arch.hp, kv.context_length, args.budget, min(2048, args.context // 2), args.tier, head, "resident")
     return open_retrieval(arch, weights, kv, backend, sizes, head, args.store)
 

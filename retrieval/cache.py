@@ -35,8 +35,8 @@ Floats = NDArray[np.float32]
 Positions = NDArray[np.int64]
 # Layers whose attention is observed: the more, the better the survivors; three cost 1 % of a step.
 _N_OBSERVED = 3
-# A step that looks at everything costs a dense step: at most one of so many.
-_FULL_EVERY = 16
+# A step that looks at everything costs a dense step, four or five others at 8k tokens: at most one of so many.
+_FULL_EVERY = 64
 
 
 def observed_layers(hp: Hyperparameters) -> frozenset[int]:

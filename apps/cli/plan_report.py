@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from edgert.memory.kv import KVSizes
-from edgert.memory.model import repacked_bytes, token_bytes
+from edgert.memory.model import repacked_bytes, staging_bytes, token_bytes
 from edgert.memory.planner import Plan, budget_for, make_plan, predict_pass, read_bytes, smallest_budget
 from edgert.memory.profile import DeviceProfile, Limit
 
@@ -107,11 +107,13 @@ def _memory(planning: Planning, plan: Plan) -> dict[str, int]:
     process = overheads.process_bytes + overheads.growth_bytes
     if sizes.weights == "resident":
         parts = {"weights, mapped": shape.file_bytes, "weights, repacked": repacked_bytes(shape, sizes),
-                 "KV cache": plan.kv_bytes, "compute buffers": overheads.fused_compute_bytes, "process": process}
+                 "KV cache": plan.kv_bytes, "compute buffers": overheads.fused_compute_bytes
+                 + staging_bytes(shape, max(overheads.compute_bytes.values())), "process": process}
     else:
         parts = {"weights, pinned": sizes.pinned_bytes, "window": sizes.window_bytes,
                  "experts": sizes.pool_slots * shape.slot_bytes, "KV cache": plan.kv_bytes,
                  "hidden states": token_bytes(shape, plan.context_length) - plan.kv_bytes,
-                 "compute buffers": overheads.compute_bytes[sizes.part_tokens],
+                 "compute buffers": overheads.compute_bytes[sizes.part_tokens]
+                 + staging_bytes(shape, overheads.compute_bytes[sizes.part_tokens]),
                  "embedding rows": overheads.embedding_bytes, "process": process}
     return {name: n_bytes for name, n_bytes in parts.items() if n_bytes}

@@ -98,13 +98,21 @@ def memory_bytes(shape: ModelShape, overheads: Overheads, sizes: Sizes, n_tokens
     Resident: process + growth + compute buffer + file + repacked copy + KV.
     Streamed: process + growth + compute buffers + rows of the embedding + pinned + window + slots of experts + KV +
     n_tokens * hidden state; and where not even a layer's experts have room, their outputs for all batches but one.
+    With KV on disk, both: + compute buffers of a prompt that passes layer by layer.
     """
     if sizes.weights == "resident":
-        return overheads.resident_bytes + shape.file_bytes + repacked_bytes(shape, sizes) + kv_bytes(shape, n_tokens)
+        return (overheads.resident_bytes + shape.file_bytes + repacked_bytes(shape, sizes) + kv_bytes(shape, n_tokens)
+                + staging_bytes(shape, max(overheads.compute_bytes.values())))
     keeps = sizes.pool_slots < shape.n_experts
     kept_bytes = max(0, n_tokens - overheads.batch_size) * shape.kept_bytes_per_token if keeps else 0
     return (overheads.streamed_bytes(sizes.part_tokens) + sizes.pinned_bytes + sizes.window_bytes
-            + sizes.pool_slots * shape.slot_bytes + token_bytes(shape, n_tokens) + kept_bytes)
+            + sizes.pool_slots * shape.slot_bytes + token_bytes(shape, n_tokens) + kept_bytes
+            + staging_bytes(shape, overheads.compute_bytes[sizes.part_tokens]))
+
+
+def staging_bytes(shape: ModelShape, compute_bytes: int) -> int:
+    """Compute buffers that a prompt needs once more where KV is on disk: it passes through graphs of its own."""
+    return compute_bytes if shape.kv is not None and shape.kv.tier == "disk" else 0
 
 
 def streamed_bytes(shape: ModelShape, sizes: Sizes) -> int:
