@@ -52,8 +52,8 @@ def test_answers_repeat_facts_that_stand_before_them() -> None:
         pieces = compose(_FILLER, Random(kind), [kind])
         for index, piece in enumerate(pieces):
             if piece.role == ANSWER:
-                assert any(piece.text.strip() in "".join(p.text for p in pieces[:index] if p.role == FACT)
-                           for _ in [0]), piece.text
+                facts = "".join(before.text for before in pieces[:index] if before.role == FACT)
+                assert piece.text.strip() in facts, piece.text
         assert {ANSWER, FACT} <= {piece.role for piece in pieces}
 
 
