@@ -139,12 +139,12 @@ def _assemble(texts: list[Document], encode: Encode, rng: Random, n_tokens: int,
     coded = [(depth, encode(fact.text), encode(fact.value), fact.value in wanted) for depth, _, fact in placed]
     n_filler = n_tokens - len(steps) - sum(len(text) + len(value) + 1 for _, text, value, _ in coded)
     filler, ids, critical, done = _tokens(texts, encode, rng, n_filler), list[int](), list[int](), 0
-    for depth, text, value, is_wanted in coded:
+    for depth, text_ids, said_ids, is_wanted in coded:
         end = int(depth * n_filler)
-        ids += filler[done:end] + text
+        ids += filler[done:end] + text_ids
         if is_wanted:
-            critical += range(len(ids), len(ids) + len(value))
-        ids += value + encode(".")[:1]
+            critical += range(len(ids), len(ids) + len(said_ids))
+        ids += said_ids + encode(".")[:1]
         done = end
     ids += filler[done:]
     return Item(kind, np.array(ids, np.int32), tuple(steps), tuple(answers), tuple(critical))

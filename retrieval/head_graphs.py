@@ -52,7 +52,7 @@ class HeadParameters:
         frequencies = named.get("frequencies")
         if frequencies is None or frequencies.ndim != 1 or not 2 * len(frequencies) <= dim:
             raise ValueError("frequencies are missing, or more than half of the values")
-        shapes = {"frequencies": (frequencies.shape, np.float32)}
+        shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"frequencies": (frequencies.shape, np.float32)}
         for name in _PROJECTIONS:
             shapes |= {f"{name}_weight": ((n_features, dim), np.float16), f"{name}_bias": ((dim,), np.float32)}
         if set(named) != set(shapes):

@@ -27,8 +27,10 @@ class Policy:
     """Where the head is unsure, the set may grow to so many; 0 is never."""
     n_sinks: int = 4
     n_recent: int = 32
-    survivor_share: float = 0.5
-    """Of what sinks and recent tokens leave, what survivors may take. What they do not take is the head's."""
+    survivor_share: float = 0.25
+    """Of what sinks and recent tokens leave, what survivors may take. What they do not take is the head's. (SmolLM2 at
+    4k, a set of 256: with 0, 0.25 and 0.5 the KL on prose is 0.17, 0.19 and 0.24, answers right 0.92, 0.88 and 0.79,
+    and of the fact 0.75, 0.78 and 0.80 in the set; of 128, 0.71, 0.75 and 0.67 right. Five texts: a direction.)"""
     n_behind: int = 2
     n_ahead: int = 8
     """A survivor brings so many tokens before it and after it."""

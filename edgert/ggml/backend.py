@@ -168,7 +168,9 @@ class Backend:
     @staticmethod
     def raw(tensor: Tensor) -> NDArray[np.uint8]:
         """The tensor's own bytes, as `array` gives its values: of any type."""
-        return np.frombuffer((ctypes.c_uint8 * tensor.n_bytes).from_address(tensor.data), np.uint8)
+        memory = memoryview((ctypes.c_uint8 * tensor.n_bytes).from_address(tensor.data))
+        raw: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
+        return raw
 
     def close(self) -> None:
         if self.handle:

@@ -40,7 +40,8 @@ class Network(torch.nn.Module):
         """(n_queries, n_tokens) of features (n_queries, n_features) and (n_tokens, n_features) and their positions."""
         q = self._rotated(self._linear(self.query, queries), at)
         k = self._rotated(self._linear(self.key, keys), positions)
-        return q @ k.T / self.dim ** 0.5
+        scores: torch.Tensor = q @ k.T / self.dim ** 0.5
+        return scores
 
     def _linear(self, linear: torch.nn.Linear, features: torch.Tensor) -> torch.Tensor:
         mean, spread = self._buffer("mean"), self._buffer("spread")
@@ -101,4 +102,5 @@ class Lesson:
         logs = self.log_shares(network, positions).gather(1, self.tokens).clamp(min=_LEAST_LOG)
         weight = self.mean.sum(-1).clamp(min=1e-3) * (1 + _SHARP_WEIGHT * self.peak.amax(-1))
         weight = torch.where(self.answers, _ANSWER_WEIGHT * weight, weight)
-        return -(weight * (target * logs).sum(-1)).sum() / weight.sum()
+        loss: torch.Tensor = -(weight * (target * logs).sum(-1)).sum() / weight.sum()
+        return loss
