@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from retrieval.selection import Floats, Policy, Selection, Survivors, select
 
-SMALL = Policy(budget=24, n_sinks=2, n_recent=6)
+SMALL = Policy(budget=24, n_sinks=2, n_recent=6, survivor_share=0.5)
 
 
 def scores_of(n_tokens: int, seed: int, spread: float = 3.0) -> Floats:
