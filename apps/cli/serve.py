@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from apps.cli.arguments import add_engine_options, token_count, whole
+from apps.cli.arguments import add_cluster_options, add_engine_options, cluster_options, token_count, whole
 
 if TYPE_CHECKING:
     from apps.server.settings import ServerSettings
@@ -43,6 +43,7 @@ def add_subcommands(subparsers: argparse._SubParsersAction[Any]) -> None:
         add_engine_options(parser)
         parser.add_argument("--context", type=token_count, metavar="N",
                             help="tokens of prompt and answer together: 8192 or 8k")
+        add_cluster_options(parser)
     group = server.add_argument_group("network")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (127.0.0.1)")
     group.add_argument("--insecure", action="store_true", help="ask for no API key, whatever the address")
@@ -99,7 +100,7 @@ def _application(args: argparse.Namespace) -> tuple[Any, ServerSettings]:
     if said:
         _say(said)
     load = LoadOptions(args.memory, args.context, args.threads, args.batch, args.kv_type, args.layout,
-                       tuple(args.models_dir))
+                       tuple(args.models_dir), cluster_options(args))
     settings = ServerSettings(args.host, args.port, key, frozenset(args.allow_host), frozenset(args.cors_origin),
                               None if args.keep_alive < 0 else args.keep_alive, args.queue, load)
     host = Host(settings, Shelf(catalog, served), Measures())

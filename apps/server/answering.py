@@ -78,7 +78,7 @@ class Answering:
         self._emit({"event": "ended", "finish_reason": finish_reason, "prompt_tokens": self._totals.prompt_tokens,
                     "completion_tokens": self._totals.completion_tokens,
                     "cached_tokens": self._totals.timings["cache_n"], "timings": self._totals.timings,
-                    "memory": self._runtime.memory(), "left_out": self._left_out})
+                    "memory": self._runtime.memory(), "plan": plan_of(self._runtime), "left_out": self._left_out})
 
     def check(self) -> None:
         """Raise what `run` would refuse the prompt with; computes nothing."""
@@ -254,7 +254,12 @@ class Ticker:
 def describe(runtime: Runtime) -> Frame:
     """What the server tells of a loaded model."""
     hp = runtime.engine.arch.hp
-    plan = json.loads(json.dumps(runtime.plan(), default=str))
     return {"context_length": runtime.context_length, "trained_length": hp.context_length,
-            "vocab_size": hp.vocab_size, "plan": plan, "memory": runtime.memory(),
+            "vocab_size": hp.vocab_size, "plan": plan_of(runtime), "memory": runtime.memory(),
             "has_template": runtime.has_template}
+
+
+def plan_of(runtime: Runtime) -> Frame:
+    """How the model runs now, as JSON has it: what streams and which devices compute may change between answers."""
+    plan: Frame = json.loads(json.dumps(runtime.plan(), default=str))
+    return plan

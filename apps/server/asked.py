@@ -96,6 +96,7 @@ class Ended:
     cached_tokens: int
     timings: Mapping[str, Any]
     memory: Mapping[str, Any]
+    plan: Mapping[str, Any]
     left_out: int = 0  # messages that were left out because the caller asked for that
 
 

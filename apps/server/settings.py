@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tensorpar.leader import ClusterOptions
 
 DEFAULT_PORT = 7441
 DEFAULT_KEEP_ALIVE_S = 15 * 60.0
@@ -28,10 +31,12 @@ class LoadOptions:
     kv_type: str = "f16"
     layout: str = "auto"
     models_dirs: tuple[Path, ...] = ()
+    cluster: ClusterOptions | None = None
 
     def to_frame(self) -> Mapping[str, Any]:
         return {"memory": self.memory, "context": self.context, "threads": self.threads, "batch": self.batch,
-                "kv_type": self.kv_type, "layout": self.layout, "models_dirs": [str(one) for one in self.models_dirs]}
+                "kv_type": self.kv_type, "layout": self.layout, "models_dirs": [str(one) for one in self.models_dirs],
+                "cluster": None if self.cluster is None else asdict(self.cluster)}
 
 
 @dataclass(frozen=True, slots=True)

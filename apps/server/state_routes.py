@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -94,7 +94,7 @@ class StateRoutes:
                 "memory": {**(dict(loaded.process.info["memory"]) if loaded else {}), "rss_bytes": self._rss_bytes(),
                            "available_bytes": self._probe.available_bytes()},
                 "tokens_per_second": host.measures.tokens_per_s.get(loaded.name) if loaded else None,
-                "cluster": None}  # devices and their shares, once a cluster computes
+                "cluster": cluster_of(loaded.process.info["plan"]) if loaded else None}
 
     def _rss_bytes(self) -> int:
         loaded = self._host.loaded
@@ -193,3 +193,12 @@ class StateRoutes:
         return Json({"counts": counts})
 
 
+def cluster_of(plan: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The devices of a plan with their shares of the weights, and why these; None where no cluster was asked for."""
+    told = plan.get("cluster")
+    if told is None:
+        return None
+    whole_bytes = sum(one["bytes"] for one in told["devices"])
+    devices = [{"name": one["name"], "bytes": one["bytes"], "share": round(one["bytes"] / max(1, whole_bytes), 4)}
+               for one in told["devices"]]
+    return {"devices": devices, "reason": told["reason"], "wire": told["wire"]}
