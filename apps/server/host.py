@@ -140,7 +140,8 @@ class Host:
         return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(self._mean_s * (self.n_waiting + 1) / 4)))
 
     def _tell_places(self) -> None:
-        for place, job in enumerate(self._turns.in_order(), int(self.running is not None)):
+        answering = self.running is not None and self.running.asked is not None  # nobody's answer: only loading
+        for place, job in enumerate(self._turns.in_order(), int(answering)):
             if job.place != place:
                 job.place = place
                 job.put(Waiting(place))

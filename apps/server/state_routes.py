@@ -88,7 +88,7 @@ class StateRoutes:
                 "process": loaded.process.pid if loaded and loaded.process.alive else None,
                 "plan": loaded.process.info["plan"] if loaded else None,
                 "context_length": loaded.process.info["context_length"] if loaded else None,
-                "budget_bytes": host.load_options.memory,
+                "budget_bytes": host.load_options.memory, "context_option": host.load_options.context,
                 "running": host.running is not None, "waiting": host.n_waiting,
                 "prefill": asdict(progress) if isinstance(progress, Prefill) else None,
                 "memory": {**(dict(loaded.process.info["memory"]) if loaded else {}), "rss_bytes": self._rss_bytes(),
@@ -164,10 +164,12 @@ class StateRoutes:
         return asked if asked is not None else held + int(self._probe.available_bytes() * _SHARE_OF_AVAILABLE)
 
     async def load(self, request: Request) -> Response:
-        """Load a model within a budget (`memory` in bytes; null for what is left) and with a `context`."""
+        """Load a model within a budget (`memory` in bytes; null for what is left) and with a `context` (0 for the
+        model's own; null for the one before)."""
         fields = Fields(await read_json(request))
+        context = fields.whole("context", 0, 2**24, self._host.load_options.context)
         options = replace(self._host.load_options, memory=fields.whole("memory", 1, MAX_BUDGET_BYTES),
-                          context=fields.whole("context", 8, 2**24, self._host.load_options.context))
+                          context=context or None)
         model = fields.text("model", None, 4096)
         before = self._host.load_options
         try:
