@@ -231,7 +231,8 @@ def _chat_values(fields: Fields) -> dict[str, Any]:
             values[name] = fields.text(name, None, max_chars)
     settings = fields.object("settings")
     if settings is not None:
-        own = {"max_tokens": settings.whole("max_tokens", 1, 2**31 - 1), "leave_out": settings.flag("leave_out") or None}
+        own = {"max_tokens": settings.whole("max_tokens", 1, 2**31 - 1),
+               "leave_out": settings.flag("leave_out") or None}
         values["settings"] = {**read_sampling(settings), **{name: one for name, one in own.items() if one is not None}}
     return values
 

@@ -213,7 +213,7 @@ def without_oldest(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 class Ticker:
-    """Emits how far the prompt is, from a thread of its own, until the first token."""
+    """Emits how far the prompt is: at once, and from a thread of its own until the first token."""
 
     def __init__(self, runtime: Runtime, generation: Generation, emit: Emit) -> None:
         self._engine, self._generation, self._emit = runtime.engine, generation, emit
@@ -229,8 +229,12 @@ class Ticker:
 
     def _run(self) -> None:
         while not self._stopped.wait(_TICK_S):
-            self._emit({"event": "prefill", "n_done": self._n_done(), "n_total": len(self._generation.prompt_token_ids),
-                        "time_ms": round((time.monotonic() - self._start) * 1000)})
+            self._tell(self._n_done())
+
+    def _tell(self, n_done: int) -> None:
+        generation = self._generation
+        self._emit({"event": "prefill", "n_done": n_done, "n_total": len(generation.prompt_token_ids),
+                    "n_cached": generation.timings.cache_n, "time_ms": round((time.monotonic() - self._start) * 1000)})
 
     def _n_done(self) -> int:
         """Tokens in the KV cache; where weights stream, all tokens pass a layer together, so the share of the bytes
@@ -243,6 +247,7 @@ class Ticker:
         return timings.cache_n + n_cached
 
     def __enter__(self) -> Ticker:
+        self._tell(self._generation.timings.cache_n)  # how long the prompt is
         self._thread.start()
         return self
 

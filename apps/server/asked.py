@@ -63,10 +63,11 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """How much of the prompt is done, in tokens."""
+    """How much of the prompt is done, in tokens; `n_cached` of them were in the KV cache before."""
 
     n_done: int
     n_total: int
+    n_cached: int
     time_ms: float
 
 

@@ -190,7 +190,7 @@ def _event(frame: Mapping[str, Any]) -> Event:
         case "text":
             return Text(frame["text"], frame.get("logprobs"))
         case "prefill":
-            return Prefill(frame["n_done"], frame["n_total"], frame["time_ms"])
+            return Prefill(frame["n_done"], frame["n_total"], frame["n_cached"], frame["time_ms"])
         case "tool_call":
             return ToolCall(frame["name"], frame["arguments"])
         case "ended":

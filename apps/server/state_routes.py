@@ -23,7 +23,7 @@ from apps.server.host import Host
 from apps.server.replies import Json, Refusal, answering_errors
 from apps.server.shelf import ShelfModel
 from apps.server.streams import event, sse, while_client_waits
-from edgert.errors import InvalidRequest
+from edgert.errors import InvalidRequest, OutOfMemory
 from edgert.memory.probe import MemoryProbe
 from edgert.models.describe import Description
 
@@ -174,8 +174,10 @@ class StateRoutes:
         before = self._host.load_options
         try:
             loaded = await while_client_waits(request, self._host.ready(model, client_of(request), options))
-        except BaseException:
+        except BaseException as error:
             self._host.load_options = before  # the budget was impossible: the next request must not meet it
+            if isinstance(error, OutOfMemory):  # by the client's own wish
+                raise Refusal(400, error.message, error.next_step, "budget_too_small") from error
             raise
         return Json({"model": loaded.name, **loaded.process.info})
 

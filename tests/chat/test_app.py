@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from served import DEADLINE_S, Served
-from test_page import LONG, SHORT, new_chat, say, texts, wait_finished
+from test_page import LONG, SHORT, new_chat, say, texts, wait_finished, wait_said
 
 FAKE_WEBVIEW = '''
 """Stands in for pywebview: opens nothing, but loads the page as a window would, and is closed by its user."""
@@ -61,7 +61,7 @@ def test_a_killed_server_loses_no_message_and_the_page_finds_it_again(
         first = texts(page)[0]
         server.ask("PATCH", f"/edgert/chats/{chat_id}", {"settings": LONG})
         say(page, "Tell me a very long story.")
-        page.wait_for_function("() => document.querySelector('.message:nth-child(4) .text')?.innerText.length > 30")
+        wait_said(page, 30)
         server.kill()
         page.wait_for_selector("#notice.bad:visible")
     with Served(tmp_path, model, "--context", "1k", port=port) as server:

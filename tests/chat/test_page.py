@@ -46,6 +46,12 @@ def wait_finished(page: Any, n_answers: int = 1) -> None:
         polling=100)  # tabs behind others have no animation frames
 
 
+def wait_said(page: Any, n_chars: int) -> None:
+    """Until the last answer, which is being written, has more than `n_chars`."""
+    page.wait_for_function("n => { const text = document.querySelector('.message.assistant:last-child .text');"
+                           "return text && !text.querySelector('.waiting') && text.innerText.length > n; }", arg=n_chars)
+
+
 def texts(page: Any, role: str = "assistant") -> list[str]:
     return [text.strip() for text in page.locator(f".message.{role} .text").all_inner_texts()]
 
@@ -84,7 +90,7 @@ def test_stop_in_decode_keeps_what_was_said(new_page: Callable[..., Any], chatti
                                             shots: Callable[[Any, str], None]) -> None:
     page = new_page(f"/#/chat/{new_chat(chatting, 'stop', LONG)}")
     say(page, "Write a very long story about a lighthouse.")
-    page.wait_for_function("() => document.querySelector('.message.assistant .text')?.innerText.length > 20")
+    wait_said(page, 20)
     page.wait_for_selector("#status-text:has-text('tok/s')")
     shots(page, "writing")
     page.keyboard.press("Escape")
@@ -135,10 +141,10 @@ def test_regenerate_and_edit_make_branches_and_nothing_is_lost(new_page: Callabl
 def test_a_reload_in_the_middle_finds_the_answer_going_on(new_page: Callable[..., Any], chatting: Served) -> None:
     page = new_page(f"/#/chat/{new_chat(chatting, 'reload', LONG)}")
     say(page, "Write a very long story about a mountain.")
-    page.wait_for_function("() => document.querySelector('.message.assistant .text')?.innerText.length > 10")
+    wait_said(page, 10)
     before = texts(page)[0][:10]
     page.reload()
-    page.wait_for_function("() => document.querySelector('.message.assistant .text')?.innerText.length > 60")
+    wait_said(page, 60)
     assert texts(page)[0].startswith(before)
     page.click("#stop")
     wait_finished(page)

@@ -95,7 +95,8 @@ function showStatus(fileTokens) {
   if (perToken) told.push(`${mib(perToken)} streamed per token`);
   $("status-text").textContent = told.join(" · ");
   const limit = state.server?.context_length ?? last?.context_length;
-  const used = (last ? last.prompt_tokens + last.completion_tokens : 0) + fileTokens + (now?.tokens ?? 0);
+  const before = now?.promptTokens || (last ? last.prompt_tokens + last.completion_tokens : 0);
+  const used = before + fileTokens + (now?.tokens ?? 0);
   $("context-text").textContent = limit && used ? `${count(used)} of ${count(limit)} tokens` : "";
   $("context-bar").style.width = limit ? `${Math.min(100, used / limit * 100)}%` : "0";
   document.querySelector(".meter").hidden = !(limit && used);

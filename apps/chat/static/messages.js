@@ -3,12 +3,15 @@
 import { follow, patch, post } from "./api.js";
 import { $, announce, bytes, copy, count, h, icon, iconButton, notice, seconds, speed } from "./dom.js";
 import { parts, render } from "./markdown.js";
-import { branch, changed, leafBelow, on, siblings, state, tellOtherTabs, writing } from "./state.js";
+import { branch, changed, leafBelow, modelOf, on, siblings, state, tellOtherTabs, writing } from "./state.js";
 
 let unfollow = null;
 let followed = null;
 let live = null; // of the answer that is being written: its text, figures and elements
 let editing = null;
+const unfolded = new Set();
+const LONG_CHARS = 1200;
+const LONG_LINES = 14;
 
 on("chat", show);
 
@@ -39,6 +42,7 @@ function draw(message) {
   if (mine) body.textContent = message.content;
   else if (message.status !== "writing") fill(body, message.content);
   if (mine && !message.content) body.remove();
+  else if (mine && isLong(message.content)) item.append(folded(body, message.id));
   if (message.status === "failed") item.append(trouble(message));
   if (message.figures?.left_out) item.append(h("p", { class: "said" }, `The ${message.figures.left_out} oldest messages were left out: they did not fit the context.`));
   if (message.status === "interrupted") item.append(h("p", { class: "said" }, "The server ended before this answer did."));
@@ -46,6 +50,20 @@ function draw(message) {
   if (message.figures?.finish_reason === "length" && message.status === "done") item.append(cutShort(message.figures));
   item.append(tools(message));
   return item;
+}
+
+const isLong = (text) => text.length > LONG_CHARS || text.split("\n", LONG_LINES + 1).length > LONG_LINES;
+
+// A long text of one's own is known: its beginning is enough, until somebody wants all of it.
+function folded(body, id) {
+  const fold = () => {
+    body.classList.toggle("long", !unfolded.has(id));
+    button.textContent = unfolded.has(id) ? "Show less" : "Show all";
+    button.setAttribute("aria-expanded", String(unfolded.has(id)));
+  };
+  const button = h("button", { type: "button", class: "link", onclick: () => { if (!unfolded.delete(id)) unfolded.add(id); fold(); } });
+  fold();
+  return button;
 }
 
 function fill(body, text) {
@@ -108,10 +126,13 @@ function trouble(message) {
   const box = h("div", { class: "trouble", role: "alert" }, h("p", {}, error.message ?? "The answer failed."));
   const buttons = h("div", { class: "buttons" });
   if (error.code === "context_length_exceeded") {
+    box.classList.add("mild");
     box.firstElementChild.textContent = `The conversation is longer than the model can read: ${count(error.n_prompt_tokens)} tokens, and the context holds ${count(error.n_ctx)}.`;
     buttons.append(
       h("button", { type: "button", class: "button", onclick: () => { state.chat.settings.leave_out = true; again(message, { leave_out: true }); } }, "Go on without the oldest turns"),
       h("button", { type: "button", class: "button", onclick: summarise }, "New chat with a summary"));
+    const trained = state.models?.models.find((one) => one.name === modelOf())?.context_length ?? 0;
+    if (trained > error.n_ctx) buttons.append(h("button", { type: "button", class: "button", onclick: () => changed("want-context") }, "A longer context…"));
   } else buttons.append(h("button", { type: "button", class: "button", onclick: () => again(message) }, "Try again"));
   box.append(buttons);
   return box;
@@ -125,12 +146,12 @@ function watch(message) {
   live = null;
   unfollow = null;
   if (!message) return;
-  live = { text: message.content, tokens: 0, speed: null, progress: null, prefill: null, frame: 0, costMs: 0 };
+  live = { text: message.content, tokens: 0, speed: null, progress: null, promptTokens: 0, frame: 0, costMs: 0 };
   place(message);
   unfollow = follow(message.id, {
     snapshot(data) { live.text = data.content; paintSoon(); },
     delta(data) { live.text += data.text; live.progress = null; live.speed = data.tokens_per_second; live.tokens = data.n_tokens; paintSoon(); },
-    progress(data) { live.progress = data; if (data.kind === "prefill") live.prefill ??= data; paintSoon(); },
+    progress(data) { live.progress = data; live.promptTokens = data.n_total ?? 0; paintSoon(); },
     end(data) { finish(data.message); },
     lost() { notice("The server does not answer; trying again.", true); },
     found() { if ($("notice").classList.contains("bad")) notice(""); },
@@ -162,11 +183,11 @@ function paint() {
   changed("writing");
 }
 
-function waiting({ progress, prefill }) {
+function waiting({ progress }) {
   const box = h("div", { class: "waiting" });
   const loading = progress ? progress.loading : state.server?.loading;
-  if (progress?.kind === "prefill") {
-    box.append(h("span", {}, `Reading: ${count(progress.n_done)} of ${count(progress.n_total)} tokens${timeLeft(prefill, progress)}`),
+  if (progress?.kind === "prefill" && progress.time_ms) { // not for a moment only
+    box.append(h("span", {}, `Reading: ${count(progress.n_done)} of ${count(progress.n_total)} tokens${timeLeft(progress)}`),
       h("progress", { max: progress.n_total, value: progress.n_done, "aria-label": "Prompt read" }));
   } else if (loading) box.append(h("span", {}, `Loading ${loading}…`), h("progress", { "aria-label": "Loading" }));
   else if (progress?.kind === "waiting" && progress.place) box.append(h("span", {}, `Waiting: ${progress.place === 1 ? "one answer is" : `${progress.place} answers are`} ahead of this one`), h("progress", { "aria-label": "Waiting" }));
@@ -174,10 +195,10 @@ function waiting({ progress, prefill }) {
   return box;
 }
 
-// From the first word of it on, since tokens that were known before cost nothing.
-function timeLeft(first, now) {
-  const perMs = (now.n_done - first.n_done) / (now.time_ms - first.time_ms);
-  return perMs > 0 ? `, ${seconds((now.n_total - now.n_done) / perMs)} left` : "";
+// Tokens that were known before have cost nothing.
+function timeLeft({ n_done: done, n_total: total, n_cached: cached, time_ms: ms }) {
+  const perMs = (done - cached) / ms;
+  return perMs > 0 ? `, ${seconds((total - done) / perMs)} left` : "";
 }
 
 function finish(message) {
@@ -191,7 +212,7 @@ function finish(message) {
   changed("finished");
 }
 
-export const liveFigures = () => (live ? { speed: live.speed, tokens: live.tokens, progress: live.progress } : null);
+export const liveFigures = () => (live ? { speed: live.speed, tokens: live.tokens, promptTokens: live.promptTokens } : null);
 
 export async function stop() {
   const message = writing();

@@ -19,6 +19,7 @@ export function startPanel() {
   on("chat", () => { if (!$("panel").hidden) show(); });
   on("models", () => { if (!$("panel").hidden && !$("panel").contains(document.activeElement)) show(); }); // nobody's typing is lost
   on("server", showFacts);
+  on("want-context", () => { if ($("panel").hidden) toggle(); $("context").focus(); });
 }
 
 export function toggle() {
@@ -146,7 +147,7 @@ function memory() {
 function contextLengths() {
   const trained = state.models?.models.find((one) => one.name === modelOf())?.context_length ?? 0;
   const lengths = new Set([state.server?.context_option ?? 0, trained]);
-  for (let n = 1024; n < trained; n *= 2) lengths.add(n);
+  for (let n = 512; n < trained; n *= 2) lengths.add(n);
   lengths.delete(0);
   return [[0, "automatic"], ...[...lengths].sort((a, b) => a - b).map((n) => [n, n === trained ? `${count(n)} (the model’s longest)` : count(n)])];
 }
