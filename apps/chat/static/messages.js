@@ -216,7 +216,7 @@ export const liveFigures = () => (live ? { speed: live.speed, tokens: live.token
 
 export async function stop() {
   const message = writing();
-  if (message) await post(`/edgert/messages/${message.id}/stop`);
+  if (message) await guarded(() => post(`/edgert/messages/${message.id}/stop`));
 }
 
 // ---- branches
@@ -236,7 +236,7 @@ async function flip(message) {
   state.chat.leaf_id = leafBelow(message).id;
   show();
   $(`m-${message.id}`)?.querySelector("button:not(:disabled)")?.focus();
-  await patch(`/edgert/chats/${state.chat.id}`, { leaf_id: state.chat.leaf_id });
+  await guarded(() => patch(`/edgert/chats/${state.chat.id}`, { leaf_id: state.chat.leaf_id }));
 }
 
 async function again(message, more = {}) {

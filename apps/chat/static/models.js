@@ -15,7 +15,7 @@ export function startModels() {
   $("model-button").addEventListener("click", choose);
   on("models", show);
   on("chat", show);
-  on("reload-models", () => reload());
+  on("reload-models", () => guarded(reload));
 }
 
 export async function reload(fresh = false) {
@@ -52,7 +52,7 @@ function choose() {
   h("strong", {}, model.name), h("small", {}, model.problem ?? [model.architecture, model.quantisation, bytes(model.size_bytes), model.context_length && `${count(model.context_length)} tokens of context`].filter(Boolean).join(" · ")),
   h("span", { class: "right" }, badge(model.forecast), stateOf(model))))));
   const box = dialog("Model", state.models?.models.length ? list : h("p", {}, "There is no model yet."), h("div", { class: "buttons" },
-    h("button", { type: "button", class: "button", onclick: () => { box.close(); offer(true); } }, "Get another model"),
+    h("button", { type: "button", class: "button", onclick: () => { box.close(); guarded(() => offer(true)); } }, "Get another model"),
     h("button", { type: "button", class: "button", onclick: () => box.close() }, "Close")));
 }
 
@@ -68,7 +68,7 @@ function welcome() {
   box.hidden = Boolean(state.chat);
   $("messages").hidden = !box.hidden;
   if (box.hidden || !state.models) return;
-  if (!state.models.models.length) { if (!box.dataset.offer) offer(false); return; }
+  if (!state.models.models.length) { if (!box.dataset.offer) guarded(() => offer(false)); return; }
   delete box.dataset.offer;
   box.replaceChildren(h("h2", {}, "What shall we work on?"), h("p", {}, `${modelOf()} answers on this machine. Nothing that you write leaves it.`),
     h("div", { class: "cards" }, IDEAS.map(([title, text]) => h("button", { type: "button", class: "card", onclick: () => setText(text) }, h("strong", {}, title), h("p", {}, text)))));
@@ -100,7 +100,7 @@ async function fetchModel(model, box) {
 async function followDownload(box) {
   const line = h("p", {}, "Fetching…");
   const bar = h("progress", { "aria-label": "Download" });
-  box.replaceChildren(line, bar, h("button", { type: "button", class: "link", onclick: () => del("/edgert/download") }, "Stop"));
+  box.replaceChildren(line, bar, h("button", { type: "button", class: "link", onclick: () => guarded(() => del("/edgert/download")) }, "Stop"));
   let first = null; // where it was when somebody began to look: speed is measured from there
   for (;;) {
     const { download } = await get("/edgert/download");

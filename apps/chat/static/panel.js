@@ -30,7 +30,7 @@ export function toggle() {
   if (panel.hidden) { $("panel-button").focus(); return; }
   show();
   panel.querySelector("button").focus();
-  reloadPresets(); // the rest stays: somebody may be typing
+  guarded(reloadPresets); // the rest stays: somebody may be typing
 }
 
 export async function reloadPresets() {
