@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tensorpar.leader import ClusterOptions
 
-DEFAULT_PORT = 7441
 DEFAULT_KEEP_ALIVE_S = 15 * 60.0
 MAX_BODY_BYTES = 16 * 2**20  # as much as the tokenizer takes
 MAX_UPLOAD_BYTES = 32 * 2**20  # an attachment before its text is taken out
@@ -44,7 +43,6 @@ class ServerSettings:
     """`host` is where to listen; `api_key` None asks for none. `keep_alive_s` None keeps a model loaded for ever."""
 
     host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT
     api_key: str | None = None
     allowed_hosts: frozenset[str] = frozenset()
     cors_origins: frozenset[str] = frozenset()
