@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import math
 import struct
+from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from apps.server.asked import Asked, ToolChoice
 from apps.server.forecast import Shape, Speeds, forecast, learned
 from apps.server.frames import MAX_FRAME_BYTES, encode, read_frame
 from apps.server.settings import is_loopback
+from apps.server.streams import PING, with_pings
 from apps.server.turns import Turns
 from edgert.errors import ComputeError, UsageError
 from edgert.text.logprobs import check_n_top, token_logprobs
@@ -85,6 +88,26 @@ def test_the_oldest_turn_goes_whole_and_the_last_one_stays() -> None:
     assert [one["content"] for one in shorter] == ["0", "3", "4", "5"]
     assert [one["content"] for one in without_oldest(without_oldest(shorter))] == ["0", "5"]
     assert without_oldest([talk[0], talk[5]]) == [talk[0], talk[5]]
+
+
+def test_silence_is_broken_by_pings_and_nothing_is_lost() -> None:
+    waited = asyncio.Event()
+
+    async def source() -> AsyncIterator[bytes]:
+        yield b"one"
+        await waited.wait()
+        yield b"two"
+
+    async def collect() -> list[bytes]:
+        told = []
+        async for item in with_pings(source(), every_s=0.001):
+            told.append(item)
+            if told.count(PING) == 3:
+                waited.set()
+        return told
+
+    told = asyncio.run(collect())
+    assert told[0] == b"one" and told[-1] == b"two" and set(told[1:-1]) == {PING} and len(told) >= 5
 
 
 MIB = 2**20
