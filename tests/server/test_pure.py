@@ -17,6 +17,7 @@ from apps.server.answering import without_oldest
 from apps.server.asked import Asked, ToolChoice
 from apps.server.forecast import Shape, Speeds, forecast, learned
 from apps.server.frames import MAX_FRAME_BYTES, encode, read_frame
+from apps.server.host import may_overflow
 from apps.server.settings import is_loopback
 from apps.server.streams import PING, with_pings
 from apps.server.turns import Turns
@@ -108,6 +109,12 @@ def test_silence_is_broken_by_pings_and_nothing_is_lost() -> None:
 
     told = asyncio.run(collect())
     assert told[0] == b"one" and told[-1] == b"two" and set(told[1:-1]) == {PING} and len(told) >= 5
+
+
+@pytest.mark.parametrize(("n_words", "context_length", "may"), [(10, 8192, False), (9000, 8192, True), (60, 512, True)])
+def test_only_a_prompt_that_may_be_too_long_is_counted(n_words: int, context_length: int, may: bool) -> None:
+    asked = Asked(messages=({"role": "user", "content": "\u00e9" * n_words},))
+    assert may_overflow(asked, context_length) == may
 
 
 MIB = 2**20
