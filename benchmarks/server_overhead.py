@@ -65,10 +65,11 @@ def measure_server(model: Path, n_tokens: int, n_runs: int) -> dict[str, Any]:
         for run in range(n_runs + 1):
             ask(port, {"messages": [{"role": "user", "content": f"Forget {run}."}], "max_tokens": 1, "stream": True})
             began = time.perf_counter()
-            times = ask(port, {"messages": MESSAGES, "max_tokens": n_tokens, "temperature": 0, "stream": True})
+            n, first_s, last_s = ask(port, {"messages": MESSAGES, "max_tokens": n_tokens, "temperature": 0,
+                                            "stream": True})
             if run:
-                firsts.append(times[0] - began)
-                rates.append((len(times) - 1) / (times[-1] - times[0]))
+                firsts.append(first_s - began)
+                rates.append((n - 1) / (last_s - first_s))
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
         held = sum(one.memory_info().rss for one in tree)
         return {"tok_s": statistics.median(rates), "first_s": statistics.median(firsts), "rss": held,
@@ -78,14 +79,19 @@ def measure_server(model: Path, n_tokens: int, n_runs: int) -> dict[str, Any]:
         process.wait()
 
 
-def ask(port: int, body: dict[str, Any]) -> list[float]:
-    """When each piece of a streamed answer came."""
+def ask(port: int, body: dict[str, Any]) -> tuple[int, float, float]:
+    """Tokens of a streamed answer, and when its first and last text came. The first token comes alone."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     reply = connection.getresponse()
-    times = [time.perf_counter() for line in reply if b'"content":"' in line and b'"content":""' not in line]
+    times, n_tokens = [], 0
+    for line in reply:
+        if b'"content":"' in line and b'"content":""' not in line:
+            times.append(time.perf_counter())
+        elif b'"timings":' in line:
+            n_tokens = json.loads(line.removeprefix(b"data: "))["timings"]["predicted_n"]
     connection.close()
-    return times
+    return n_tokens, times[0], times[-1]
 
 
 def page_s(url: str, n_runs: int) -> float:

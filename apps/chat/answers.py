@@ -47,7 +47,7 @@ class Running:
         if isinstance(event, Text):
             self.first_s = self.first_s or time.monotonic()
             self.text += event.text
-            self.n_tokens += 1
+            self.n_tokens += event.n_tokens
             self.progress = None
         elif isinstance(event, Prefill | Waiting):
             self.progress = {"kind": type(event).__name__.lower(), **asdict(event)}

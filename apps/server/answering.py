@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from apps.server import tools
 from apps.server.asked import Asked, ChatMessage
 from apps.server.frames import Frame
+from apps.server.pieces import Pieces
 from edgert.errors import ContextOverflow, TemplateError
 from edgert.text.sampler import SamplingParams
 
@@ -177,11 +178,10 @@ class Answering:
         return generation
 
     def _show(self, generation: Generation) -> None:
-        with Ticker(self._runtime, generation, self._emit) as ticker:
+        with Ticker(self._runtime, generation, self._emit) as ticker, Pieces(self._emit) as pieces:
             for piece in generation:
                 ticker.stop()
-                self._emit({"event": "text", "text": piece.text} if piece.logprobs is None else
-                           {"event": "text", "text": piece.text, "logprobs": [self._logprobs(piece)]})
+                pieces.add(piece.text, None if piece.logprobs is None else self._logprobs(piece))
         self._finish(generation)
 
     def _finish(self, generation: Generation) -> None:

@@ -73,9 +73,10 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of the answer. `logprobs` are in OpenAI's shape, where they were asked for."""
+    """A piece of the answer, of one token or some. `logprobs` are in OpenAI's shape, where they were asked for."""
 
     text: str
+    n_tokens: int = 1
     logprobs: Sequence[Mapping[str, Any]] | None = None
 
 

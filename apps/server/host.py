@@ -190,7 +190,7 @@ class Host:
         async for event in process.answer(asked, job.cancelled):
             now_s = time.monotonic()
             if isinstance(event, Text):
-                self.measures.token(now_s - job.started_s if not last_s else None, now_s - last_s if last_s else None)
+                self.measures.tokens(event.n_tokens, now_s - (last_s or job.started_s), is_first=not last_s)
                 last_s = now_s
             elif isinstance(event, Prefill | Ended):
                 self.progress = event

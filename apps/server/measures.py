@@ -44,12 +44,13 @@ class Measures:
         """Add a gauge that is read whenever the page is."""
         Gauge(name, what, registry=self._registry).set_function(read)
 
-    def token(self, first_s: float | None, between_s: float | None) -> None:
-        """A token came: the first one of an answer after `first_s`, any other `between_s` after the one before."""
-        if first_s is not None:
-            self._first.observe(first_s)
-        if between_s is not None:
-            self._between.observe(between_s)
+    def tokens(self, n: int, after_s: float, *, is_first: bool) -> None:
+        """So many tokens came, `after_s` after those before; or after the request, where they are an answer's first."""
+        if is_first:
+            self._first.observe(after_s)
+            return
+        for _ in range(n):
+            self._between.observe(after_s / n)
 
     def ended(self, event: Ended, model: str) -> None:
         """Count an answer."""

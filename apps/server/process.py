@@ -188,7 +188,7 @@ def _how(status: int) -> str:
 def _event(frame: Mapping[str, Any]) -> Event:
     match frame["event"]:
         case "text":
-            return Text(frame["text"], frame.get("logprobs"))
+            return Text(frame["text"], frame["n_tokens"], frame.get("logprobs"))
         case "prefill":
             return Prefill(frame["n_done"], frame["n_total"], frame["n_cached"], frame["time_ms"])
         case "tool_call":

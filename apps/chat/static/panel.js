@@ -127,8 +127,8 @@ function memory() {
   const plan = h("div", { "aria-live": "polite" });
   let moved = false;
   const budget = () => (moved ? toBytes(Number(slider.value)) : set);
-  const foretell = () => { apply.disabled = false; predict(model, budget() ?? free, Number(context.value), plan); };
-  const apply = h("button", { type: "button", class: "button main", disabled: true, onclick: () => load(budget(), Number(context.value)) }, "Apply");
+  const foretell = () => { use.disabled = false; predict(model, budget() ?? free, Number(context.value), plan); };
+  const use = h("button", { type: "button", class: "button main", disabled: true, onclick: () => load(budget(), Number(context.value)) }, "Apply");
   const all = h("button", { type: "button", class: "button", disabled: set === null, onclick: () => load(null, Number(context.value)) }, "All that is free");
   const slider = h("input", { type: "range", id: "memory", min: 0, max: STEPS, value: toStep(set ?? free), oninput: () => {
     moved = true;
@@ -140,7 +140,7 @@ function memory() {
   const context = h("select", { id: "context", onchange: foretell }, contextLengths().map(([n, label]) => h("option", { value: n, selected: n === (state.server?.context_option ?? 0) }, label)));
   if (model) predict(model, set ?? free, Number(context.value), plan);
   return h("div", {}, h("h3", {}, "Memory"), h("label", { class: "field" }, h("span", {}, "Budget", output), slider), plan,
-    h("label", { class: "field" }, h("span", {}, "Context, in tokens"), context), h("div", { class: "buttons" }, apply, all));
+    h("label", { class: "field" }, h("span", {}, "Context, in tokens"), context), h("div", { class: "buttons" }, use, all));
 }
 
 // What the model was trained for bounds the choice; 0 lets edgert choose.
