@@ -23,6 +23,10 @@ def test_devices_and_shares_are_told_and_a_lost_one_is_not_missed(tiny_model: Ca
         told = server.state()["cluster"]
         assert [one["name"] for one in told["devices"]] == ["leader", "worker1"] and told["reason"]
         assert sum(one["share"] for one in told["devices"]) == 1 and all(one["bytes"] for one in told["devices"])
+        page = server.ask("GET", "/metrics")[1]
+        for direction in ("sent", "received"):
+            assert float(page.partition(f'edgert_peer_bytes_total{{direction="{direction}",peer="worker1"}} ')[2]
+                         .partition("\n")[0]) > 10_000
         devices.workers[0].kill()
         assert server.ask("POST", "/v1/completions", BODY)[1]["choices"][0]["text"] == text
         assert [one["name"] for one in server.state()["cluster"]["devices"]] == ["leader"]
