@@ -191,7 +191,7 @@ class Host:
             now_s = time.monotonic()
             if isinstance(event, Text):
                 self.measures.tokens(event.n_tokens, now_s - (last_s or job.started_s), is_first=not last_s)
-                last_s = now_s
+                last_s, self.progress = now_s, None  # the prompt is read
             elif isinstance(event, Prefill | Ended):
                 self.progress = event
                 if isinstance(event, Ended):
