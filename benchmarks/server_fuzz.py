@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 _START = "import sys; from apps.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -26,9 +27,11 @@ def main() -> None:
     assert process.stderr is not None
     try:
         url = (re.search(r"serves on (\S+)", process.stderr.readline()) or sys.exit("no server"))[1]
-        done = subprocess.run([str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json",
-                               "--checks", "not_a_server_error", "--max-examples", str(args.examples), "--seed", "1",
-                               "--phases", "examples,coverage,fuzzing", "--request-timeout", "120"], check=False)
+        with tempfile.TemporaryDirectory() as directory:  # schemathesis leaves notes where it runs
+            done = subprocess.run(
+                [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--checks",
+                 "not_a_server_error", "--max-examples", str(args.examples), "--seed", "1", "--phases",
+                 "examples,coverage,fuzzing", "--request-timeout", "120"], check=False, cwd=directory)
     finally:
         process.terminate()
         process.wait()

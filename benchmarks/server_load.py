@@ -52,7 +52,9 @@ class Load:
             reply.read()
             self.stopped.wait(float(reply.headers["retry-after"]))
         elif leaves:
-            reply.readline()
+            for n_chunks, line in enumerate(filter(lambda line: line.startswith(b"data: "), reply)):
+                if n_chunks == 5 or line == b"data: [DONE]\n":  # after the role, some words
+                    break
             self.counts["left"] += 1
         else:
             text = json.loads(reply.read())["choices"][0]["message"]["content"]
@@ -112,7 +114,9 @@ def main() -> None:
         print("answers", dict(load.counts))
         stayed = [load.served[number] for number in range(args.clients) if number % 3]
         print(f"fairness: each client that stayed was answered {min(stayed)} to {max(stayed)} times")
-        print(f"/health: median {statistics.median(load.health_ms):.1f} ms, worst {max(load.health_ms):.1f} ms")
+        slow = sum(one > 50 for one in load.health_ms)
+        print(f"/health: median {statistics.median(load.health_ms):.1f} ms, worst {max(load.health_ms):.1f} ms; "
+              f"{slow} of {len(load.health_ms)} above 50 ms")
     finally:
         process.terminate()
         process.wait()

@@ -182,8 +182,10 @@ class ClusterEngine(Engine):
         ranks = [{"name": name, "heads": one.heads, "ffn": one.ffn, "bytes": self._cut.stored_bytes(one)}
                  for name, one in zip(self._names(), self._shards, strict=True)]
         sent = {one.member.name: one.sent_slice_bytes for one in self._ranks}
+        peer_bytes = {one.member.name: (one.link.sent_bytes, one.link.received_bytes) for one in self._ranks}
         return {**super().plan(), "cluster": {"devices": ranks, "epoch": self._epoch, "reason": self._reason,
-                                              "sent_slice_bytes": sent, "wire": self._options.wire}}
+                                              "sent_slice_bytes": sent, "peer_bytes": peer_bytes,
+                                              "wire": self._options.wire}}
 
     def close(self) -> None:
         if self._inner is not None:

@@ -47,7 +47,7 @@ class Running:
         if isinstance(event, Text):
             self.first_s = self.first_s or time.monotonic()
             self.text += event.text
-            self.n_tokens += 1
+            self.n_tokens += event.n_tokens
             self.progress = None
         elif isinstance(event, Prefill | Waiting):
             self.progress = {"kind": type(event).__name__.lower(), **asdict(event)}
@@ -93,19 +93,18 @@ class Answers:
     def running(self, message_id: str) -> Running | None:
         return self._running.get(message_id)
 
-    async def start(self, chat: Chat, parent_id: str, client: str, *, model: str | None = None,
-                    keep_oldest: bool = True) -> Message:
+    async def start(self, chat: Chat, parent_id: str, client: str, *, model: str | None = None) -> Message:
         """A new answer to the message `parent_id`, beside those that it has. Raises QueueFull, ModelNotFound."""
         branch = await self._database.do(lambda store: store.branch(parent_id))
         if branch[-1].chat_id != chat.id or branch[-1].role != "user":
             raise Refusal(400, "only a user's message can be answered")
-        job = await self._host.submit(model or chat.model, asked_of(chat, branch, keep_oldest), client)
+        job = await self._host.submit(model or chat.model, asked_of(chat, branch), client)
         return await self._begin(chat, parent_id, job)
 
     async def summarise(self, chat: Chat, leaf_id: str, client: str) -> tuple[Chat, Message]:
         """A new chat that begins with a summary of this one, made by the model from as much as it can read."""
         branch = await self._database.do(lambda store: store.branch(leaf_id))
-        asked = asked_of(chat, branch, keep_oldest=False, then=_SUMMARY)
+        asked = asked_of(chat, branch, then=_SUMMARY)
         job = await self._host.submit(chat.model, asked, client)
         new = await self._database.do(lambda store: store.create_chat(f"{chat.title} (continued)"[:200], chat.system,
                                                                       chat.model, chat.settings))
@@ -180,8 +179,9 @@ class Answers:
             task.cancel()
 
 
-def asked_of(chat: Chat, branch: Sequence[Message], keep_oldest: bool, then: str | None = None) -> Asked:
-    """What the model is asked: the system prompt, the branch, the chat's parameters; perhaps one request more.
+def asked_of(chat: Chat, branch: Sequence[Message], then: str | None = None) -> Asked:
+    """What the model is asked: the system prompt, the branch, the chat's parameters; perhaps one request more, which
+    is then about as many of the turns as the model can read.
 
     Answers that failed before they said anything are passed over.
     """
@@ -191,7 +191,8 @@ def asked_of(chat: Chat, branch: Sequence[Message], keep_oldest: bool, then: str
         messages.append({"role": "user", "content": then})
     settings = Fields(chat.settings, "settings")
     return Asked(messages=tuple(messages), sampling=read_sampling(settings),
-                 max_tokens=settings.whole("max_tokens", 1, _MAX_TOKENS), keep_oldest=keep_oldest)
+                 max_tokens=settings.whole("max_tokens", 1, _MAX_TOKENS),
+                 keep_oldest=then is None and not settings.flag("leave_out"))
 
 
 def with_files(message: Message) -> str:

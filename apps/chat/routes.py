@@ -112,15 +112,18 @@ class ChatRoutes:
         return Json({"message": message.to_dict(), "answer": answer.to_dict()}, 201)
 
     async def regenerate(self, request: Request) -> Response:
-        """Another answer beside this one (or the first to a user's message). `leave_out` allows to drop old turns."""
+        """Another answer beside this one (or the first to a user's message). `leave_out` allows to drop old turns, from
+        here on: whoever was asked once is not asked at every turn."""
         fields = Fields(await read_json(request))
         message = await self._message(request)
         parent_id = message.id if message.role == "user" else message.parent_id
         if parent_id is None:
             raise Refusal(400, "this message answers nothing")
         chat = await self._chat(message.chat_id)
-        answer = await self._answers.start(chat, parent_id, client_of(request), model=fields.text("model", None, 4096),
-                                           keep_oldest=not fields.flag("leave_out"))
+        if fields.flag("leave_out"):
+            settings = {**chat.settings, "leave_out": True}
+            chat = await self._database.do(lambda store: store.change_chat(message.chat_id, settings=settings))
+        answer = await self._answers.start(chat, parent_id, client_of(request), model=fields.text("model", None, 4096))
         return Json({"answer": answer.to_dict()}, 201)
 
     async def edit(self, request: Request) -> Response:
@@ -228,9 +231,9 @@ def _chat_values(fields: Fields) -> dict[str, Any]:
             values[name] = fields.text(name, None, max_chars)
     settings = fields.object("settings")
     if settings is not None:
-        checked = read_sampling(settings)
-        max_tokens = settings.whole("max_tokens", 1, 2**31 - 1)
-        values["settings"] = checked if max_tokens is None else {**checked, "max_tokens": max_tokens}
+        own = {"max_tokens": settings.whole("max_tokens", 1, 2**31 - 1),
+               "leave_out": settings.flag("leave_out") or None}
+        values["settings"] = {**read_sampling(settings), **{name: one for name, one in own.items() if one is not None}}
     return values
 
 

@@ -73,6 +73,8 @@ def _open_window(url: str) -> bool:
     os.environ.setdefault("WEBKIT_DISABLE_DMABUF_RENDERER", "1")
     import webview
 
+    logging.getLogger("pywebview").setLevel(logging.CRITICAL)  # each library that is missing, with its traceback
+    webview.settings["ALLOW_DOWNLOADS"] = True  # exported conversations
     webview.create_window("edgert", f"{url}/", width=_SIZE[0], height=_SIZE[1], min_size=_MIN_SIZE, text_select=True)
     try:
         webview.start(private_mode=False)

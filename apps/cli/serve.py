@@ -9,9 +9,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from apps.cli.arguments import add_engine_options, token_count, whole
+from apps.cli.arguments import add_cluster_options, add_engine_options, cluster_options, token_count, whole
 
 if TYPE_CHECKING:
+    import socket
+
     from apps.server.settings import ServerSettings
 
 _SERVE = """\
@@ -23,7 +25,7 @@ _CHAT = """\
 Open the chat app: a window where pywebview is installed (the extra `desktop`),
 else the browser. Conversations are kept on this machine.
 """
-_PORT = 7441
+_PORT, _CHAT_PORT = 7441, 7442
 
 
 def add_subcommands(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -36,13 +38,14 @@ def add_subcommands(subparsers: argparse._SubParsersAction[Any]) -> None:
         parser.add_argument("model", nargs="?", metavar="MODEL",
                             help="a path, a name of `edgert list`, or user/repo:quant")
         group = parser.add_argument_group("server")
-        group.add_argument("--port", type=_port, default=_PORT if parser is server else 0, metavar="N",
-                           help=f"where to listen ({_PORT}; 0 is any)" if parser is server else "where to listen (any)")
+        group.add_argument("--port", type=_port, default=_PORT if parser is server else None, metavar="N",
+                           help=f"where to listen ({_PORT if parser is server else _CHAT_PORT}; 0 is any)")
         group.add_argument("--keep-alive", type=_seconds, default=900.0, metavar="TIME",
                            help="unload an idle model after this time: 90s, 15m, 1h; -1 is never (15m)")
         add_engine_options(parser)
         parser.add_argument("--context", type=token_count, metavar="N",
                             help="tokens of prompt and answer together: 8192 or 8k")
+        add_cluster_options(parser)
     group = server.add_argument_group("network")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (127.0.0.1)")
     group.add_argument("--insecure", action="store_true", help="ask for no API key, whatever the address")
@@ -73,12 +76,26 @@ def run_serve(args: argparse.Namespace) -> int:
 def run_chat(args: argparse.Namespace) -> int:
     """Serve this machine alone, and show the page until its window is closed or Ctrl-C."""
     from apps.chat.window import show
-    from apps.server.serving import listen, run, url_of
+    from apps.server.serving import run, url_of
 
-    with listen(args.host, args.port) as listening:
+    with _listen_for_chat(args.host, args.port) as listening:
         app, _ = _application(args)
         return show(lambda ready: run(app, listening, ready), listening, url_of(args.host, listening),
                     browser=args.browser)
+
+
+def _listen_for_chat(host: str, port: int | None) -> socket.socket:
+    """Where the user said; else always at the same port, by which a browser knows the user's choices again, unless
+    somebody is there."""
+    from apps.server.serving import listen
+    from edgert.errors import UsageError
+
+    if port is not None:
+        return listen(host, port)
+    try:
+        return listen(host, _CHAT_PORT)
+    except UsageError:
+        return listen(host, 0)
 
 
 def _application(args: argparse.Namespace) -> tuple[Any, ServerSettings]:
@@ -99,8 +116,8 @@ def _application(args: argparse.Namespace) -> tuple[Any, ServerSettings]:
     if said:
         _say(said)
     load = LoadOptions(args.memory, args.context, args.threads, args.batch, args.kv_type, args.layout,
-                       tuple(args.models_dir), args.kv_budget, args.kv_store)
-    settings = ServerSettings(args.host, args.port, key, frozenset(args.allow_host), frozenset(args.cors_origin),
+                       tuple(args.models_dir), args.kv_budget, args.kv_store, cluster_options(args))
+    settings = ServerSettings(args.host, key, frozenset(args.allow_host), frozenset(args.cors_origin),
                               None if args.keep_alive < 0 else args.keep_alive, args.queue, load)
     host = Host(settings, Shelf(catalog, served), Measures())
     return build_app(host, lambda host: [ChatPart(host, catalog)]), settings

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from apps.server import tools
 from apps.server.asked import Asked, ChatMessage
 from apps.server.frames import Frame
+from apps.server.pieces import Pieces
 from edgert.errors import ContextOverflow, TemplateError
 from edgert.text.sampler import SamplingParams
 
@@ -78,7 +79,7 @@ class Answering:
         self._emit({"event": "ended", "finish_reason": finish_reason, "prompt_tokens": self._totals.prompt_tokens,
                     "completion_tokens": self._totals.completion_tokens,
                     "cached_tokens": self._totals.timings["cache_n"], "timings": self._totals.timings,
-                    "memory": self._runtime.memory(), "left_out": self._left_out})
+                    "memory": self._runtime.memory(), "plan": plan_of(self._runtime), "left_out": self._left_out})
 
     def check(self) -> None:
         """Raise what `run` would refuse the prompt with; computes nothing."""
@@ -177,11 +178,10 @@ class Answering:
         return generation
 
     def _show(self, generation: Generation) -> None:
-        with Ticker(self._runtime, generation, self._emit) as ticker:
+        with Ticker(self._runtime, generation, self._emit) as ticker, Pieces(self._emit) as pieces:
             for piece in generation:
                 ticker.stop()
-                self._emit({"event": "text", "text": piece.text} if piece.logprobs is None else
-                           {"event": "text", "text": piece.text, "logprobs": [self._logprobs(piece)]})
+                pieces.add(piece.text, None if piece.logprobs is None else self._logprobs(piece))
         self._finish(generation)
 
     def _finish(self, generation: Generation) -> None:
@@ -213,7 +213,7 @@ def without_oldest(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 class Ticker:
-    """Emits how far the prompt is, from a thread of its own, until the first token."""
+    """Emits how far the prompt is: at once, and from a thread of its own until the first token."""
 
     def __init__(self, runtime: Runtime, generation: Generation, emit: Emit) -> None:
         self._engine, self._generation, self._emit = runtime.engine, generation, emit
@@ -229,8 +229,12 @@ class Ticker:
 
     def _run(self) -> None:
         while not self._stopped.wait(_TICK_S):
-            self._emit({"event": "prefill", "n_done": self._n_done(), "n_total": len(self._generation.prompt_token_ids),
-                        "time_ms": round((time.monotonic() - self._start) * 1000)})
+            self._tell(self._n_done())
+
+    def _tell(self, n_done: int) -> None:
+        generation = self._generation
+        self._emit({"event": "prefill", "n_done": n_done, "n_total": len(generation.prompt_token_ids),
+                    "n_cached": generation.timings.cache_n, "time_ms": round((time.monotonic() - self._start) * 1000)})
 
     def _n_done(self) -> int:
         """Tokens in the KV cache; where weights stream, all tokens pass a layer together, so the share of the bytes
@@ -243,6 +247,7 @@ class Ticker:
         return timings.cache_n + n_cached
 
     def __enter__(self) -> Ticker:
+        self._tell(self._generation.timings.cache_n)  # how long the prompt is
         self._thread.start()
         return self
 
@@ -254,7 +259,12 @@ class Ticker:
 def describe(runtime: Runtime) -> Frame:
     """What the server tells of a loaded model."""
     hp = runtime.engine.arch.hp
-    plan = json.loads(json.dumps(runtime.plan(), default=str))
     return {"context_length": runtime.context_length, "trained_length": hp.context_length,
-            "vocab_size": hp.vocab_size, "plan": plan, "memory": runtime.memory(),
+            "vocab_size": hp.vocab_size, "plan": plan_of(runtime), "memory": runtime.memory(),
             "has_template": runtime.has_template}
+
+
+def plan_of(runtime: Runtime) -> Frame:
+    """How the model runs now, as JSON has it: what streams and which devices compute may change between answers."""
+    plan: Frame = json.loads(json.dumps(runtime.plan(), default=str))
+    return plan

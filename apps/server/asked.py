@@ -63,18 +63,20 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """How much of the prompt is done, in tokens."""
+    """How much of the prompt is done, in tokens; `n_cached` of them were in the KV cache before."""
 
     n_done: int
     n_total: int
+    n_cached: int
     time_ms: float
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of the answer. `logprobs` are in OpenAI's shape, where they were asked for."""
+    """A piece of the answer, of one token or some. `logprobs` are in OpenAI's shape, where they were asked for."""
 
     text: str
+    n_tokens: int = 1
     logprobs: Sequence[Mapping[str, Any]] | None = None
 
 
@@ -96,6 +98,7 @@ class Ended:
     cached_tokens: int
     timings: Mapping[str, Any]
     memory: Mapping[str, Any]
+    plan: Mapping[str, Any]
     left_out: int = 0  # messages that were left out because the caller asked for that
 
 

@@ -6,6 +6,7 @@ Knows order, deadlines and cancellation. Does not know HTTP, nor what an answer 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from apps.server.turns import Turns
 from edgert.errors import EdgertError, QueueFull
 
 _MAX_RETRY_AFTER_S = 120
+_TEMPLATE_TOKENS = 64  # what stands around a message, and before the first one
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +127,10 @@ class Host:
         return await loaded.process.count_tokens(texts)
 
     async def check(self, job: Job) -> None:
-        """For a job that has to wait: refuse now what would be refused later, if its model is loaded."""
+        """For a job that has to wait: refuse now a prompt that would be refused later, if its model is loaded."""
         loaded = self.loaded
-        if job.place and job.asked is not None and loaded is not None and loaded.path == job.path:
+        if job.place and job.asked is not None and loaded is not None and loaded.path == job.path and (
+                may_overflow(job.asked, loaded.process.info["context_length"])):
             await loaded.process.check(job.asked)
 
     async def unload(self) -> None:
@@ -140,7 +143,8 @@ class Host:
         return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(self._mean_s * (self.n_waiting + 1) / 4)))
 
     def _tell_places(self) -> None:
-        for place, job in enumerate(self._turns.in_order(), int(self.running is not None)):
+        answering = self.running is not None and self.running.asked is not None  # nobody's answer: only loading
+        for place, job in enumerate(self._turns.in_order(), int(answering)):
             if job.place != place:
                 job.place = place
                 job.put(Waiting(place))
@@ -186,8 +190,8 @@ class Host:
         async for event in process.answer(asked, job.cancelled):
             now_s = time.monotonic()
             if isinstance(event, Text):
-                self.measures.token(now_s - job.started_s if not last_s else None, now_s - last_s if last_s else None)
-                last_s = now_s
+                self.measures.tokens(event.n_tokens, now_s - (last_s or job.started_s), is_first=not last_s)
+                last_s, self.progress = now_s, None  # the prompt is read
             elif isinstance(event, Prefill | Ended):
                 self.progress = event
                 if isinstance(event, Ended):
@@ -226,3 +230,10 @@ class Host:
         for watcher in list(self._cancelled_waiting):
             watcher.cancel()
         await self.unload()
+
+
+def may_overflow(asked: Asked, context_length: int) -> bool:
+    """Whether a prompt can have so many tokens: a token is a byte at least, and a template adds little to a message.
+    Counting them takes the model's process milliseconds from whoever is being answered."""
+    n_bytes = len(json.dumps(asked.to_frame()))
+    return n_bytes + _TEMPLATE_TOKENS * (1 + len(asked.messages)) >= context_length

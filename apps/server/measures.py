@@ -27,6 +27,8 @@ class Measures:
         self.generation_tokens = Counter("edgert_generation_tokens", "Tokens of answers", registry=registry)
         self.read_bytes = Counter("edgert_weight_read_bytes", "Weights read from disk because they do not stay",
                                   registry=registry)
+        self.peer_bytes = Counter("edgert_peer_bytes", "Bytes that went to another device, or came from it",
+                                  ["peer", "direction"], registry=registry)
         self.requests = Counter("edgert_requests", "Requests that ended", ["finish_reason"], registry=registry)
         self.failed = Counter("edgert_requests_failed", "Requests that failed", ["kind"], registry=registry)
         self.refused = Counter("edgert_requests_refused", "Requests refused because the queue was full",
@@ -38,18 +40,19 @@ class Measures:
         self._kv_ratio = Gauge("edgert_kv_cache_usage_ratio", "Share of the context in use", registry=registry)
         self._weight_bytes = Gauge("edgert_weight_cache_bytes", "Weights that stay in memory", registry=registry)
         self.tokens_per_s: dict[str, float] = {}  # by model: the last answer's
-        self._streamed_bytes = 0
+        self._sums: dict[tuple[str, ...], int] = {}  # what the model's process had counted at its last answer
 
     def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
         """Add a gauge that is read whenever the page is."""
         Gauge(name, what, registry=self._registry).set_function(read)
 
-    def token(self, first_s: float | None, between_s: float | None) -> None:
-        """A token came: the first one of an answer after `first_s`, any other `between_s` after the one before."""
-        if first_s is not None:
-            self._first.observe(first_s)
-        if between_s is not None:
-            self._between.observe(between_s)
+    def tokens(self, n: int, after_s: float, *, is_first: bool) -> None:
+        """So many tokens came, `after_s` after those before; or after the request, where they are an answer's first."""
+        if is_first:
+            self._first.observe(after_s)
+            return
+        for _ in range(n):
+            self._between.observe(after_s / n)
 
     def ended(self, event: Ended, model: str) -> None:
         """Count an answer."""
@@ -57,13 +60,20 @@ class Measures:
         self.cached_tokens.inc(event.cached_tokens)
         self.generation_tokens.inc(event.completion_tokens)
         self.requests.labels(finish_reason=event.finish_reason).inc()
-        streamed = int(event.memory.get("streamed_bytes") or 0)
-        self.read_bytes.inc(streamed - self._streamed_bytes if streamed >= self._streamed_bytes else streamed)
-        self._streamed_bytes = streamed
+        self.read_bytes.inc(self._growth(int(event.memory.get("streamed_bytes") or 0), "streamed"))
+        for peer, both in event.plan.get("cluster", {}).get("peer_bytes", {}).items():
+            for direction, n_bytes in zip(("sent", "received"), both, strict=True):
+                self.peer_bytes.labels(peer, direction).inc(self._growth(n_bytes, peer, direction))
         self._weight_bytes.set(int(event.memory.get("pinned_bytes") or 0))
         speed = event.timings.get("predicted_per_second")
         if speed and event.completion_tokens >= 8:  # fewer tell more of the first token than of the model
             self.tokens_per_s[model] = float(speed)
+
+    def _growth(self, now: int, *what: str) -> int:
+        """How much a sum has grown; it begins anew with another process or connection."""
+        before = self._sums.get(what, 0)
+        self._sums[what] = now
+        return now - before if now >= before else now
 
     def context_used(self, ratio: float) -> None:
         self._kv_ratio.set(ratio)

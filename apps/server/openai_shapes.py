@@ -64,8 +64,8 @@ class Reply:
     def progress(self, event: Event) -> dict[str, Any]:
         """For clients that asked for it, in llama-server's form where it has one."""
         if isinstance(event, Prefill):
-            return self.chunk([], prompt_progress={"total": event.n_total, "processed": event.n_done, "cache": 0,
-                                                   "time_ms": event.time_ms})
+            return self.chunk([], prompt_progress={"total": event.n_total, "processed": event.n_done,
+                                                   "cache": event.n_cached, "time_ms": event.time_ms})
         assert isinstance(event, Waiting)
         return self.chunk([], queue={"requests_ahead": event.place, "loading": event.loading})
 

@@ -81,7 +81,7 @@ def description() -> dict[str, Any]:
         "/v1/chat/completions": _operation("Answer a conversation", chat, kinds=streamed),
         "/v1/completions": _operation("Continue a text", completion, kinds=streamed),
         "/edgert/models/load": _operation("Load a model within a budget of bytes", _object(
-            {"model": _MODEL, "memory": {"type": ["integer", "null"], "minimum": 1}, "context": _whole(8, 2**24)})),
+            {"model": _MODEL, "memory": {"type": ["integer", "null"], "minimum": 1}, "context": _whole(0, 2**24)})),
         "/edgert/models/unload": _operation("Give the model's memory back"),
         "/edgert/tokens": _operation("Count tokens", _object(
             {"texts": {"type": "array", "items": _TEXT, "maxItems": 64}, "model": _MODEL}, "texts")),

@@ -31,7 +31,8 @@ _CLOSE_DEADLINE_S = 5.0
 
 
 class ModelProcess:
-    """One process with one loaded model. `pid` and `info` (worker's `describe`) are there while it lives."""
+    """One process with one loaded model. `pid` and `info` (worker's `describe`, as of the last answer) are
+    there while it lives."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -78,9 +79,11 @@ class ModelProcess:
             while True:
                 frame = await self._next(mailbox, _SILENCE_DEADLINE_S)
                 event = _event(frame)
-                yield event
                 if isinstance(event, Ended):
+                    self.info |= {"plan": event.plan, "memory": event.memory}
+                    yield event
                     return
+                yield event
         finally:
             canceller.cancel()
             del self._mailboxes[number]
@@ -185,14 +188,14 @@ def _how(status: int) -> str:
 def _event(frame: Mapping[str, Any]) -> Event:
     match frame["event"]:
         case "text":
-            return Text(frame["text"], frame.get("logprobs"))
+            return Text(frame["text"], frame["n_tokens"], frame.get("logprobs"))
         case "prefill":
-            return Prefill(frame["n_done"], frame["n_total"], frame["time_ms"])
+            return Prefill(frame["n_done"], frame["n_total"], frame["n_cached"], frame["time_ms"])
         case "tool_call":
             return ToolCall(frame["name"], frame["arguments"])
         case "ended":
             return Ended(frame["finish_reason"], frame["prompt_tokens"], frame["completion_tokens"],
-                         frame["cached_tokens"], frame["timings"], frame["memory"], frame["left_out"])
+                         frame["cached_tokens"], frame["timings"], frame["memory"], frame["plan"], frame["left_out"])
     raise ModelCrashed("has broken its protocol")
 
 

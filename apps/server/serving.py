@@ -14,6 +14,7 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from apps.server.connections import BoundedProtocol
 from apps.server.settings import is_loopback
 from edgert.errors import UsageError
 
@@ -51,7 +52,7 @@ def run(app: ASGIApp, listening: socket.socket, on_listening: Callable[[], None]
     """A server over `app`, ready for `.run(sockets=[listening])`."""
     config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False, server_header=False,
                             timeout_graceful_shutdown=_CLOSE_S, h11_max_incomplete_event_size=64 * 2**10,
-                            ws="none")
+                            http=BoundedProtocol, ws="none")
     return Server(config, on_listening)
 
 

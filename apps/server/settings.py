@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-DEFAULT_PORT = 7441
+if TYPE_CHECKING:
+    from tensorpar.leader import ClusterOptions
+
 DEFAULT_KEEP_ALIVE_S = 15 * 60.0
 MAX_BODY_BYTES = 16 * 2**20  # as much as the tokenizer takes
 MAX_UPLOAD_BYTES = 32 * 2**20  # an attachment before its text is taken out
@@ -30,11 +32,13 @@ class LoadOptions:
     models_dirs: tuple[Path, ...] = ()
     kv_budget: int | str | None = None  # tokens that a step attends to, or "full"
     kv_store: Path | None = None
+    cluster: ClusterOptions | None = None
 
     def to_frame(self) -> Mapping[str, Any]:
         return {"memory": self.memory, "context": self.context, "threads": self.threads, "batch": self.batch,
                 "kv_type": self.kv_type, "layout": self.layout, "models_dirs": [str(one) for one in self.models_dirs],
-                "kv_budget": self.kv_budget, "kv_store": None if self.kv_store is None else str(self.kv_store)}
+                "kv_budget": self.kv_budget, "kv_store": None if self.kv_store is None else str(self.kv_store),
+                "cluster": None if self.cluster is None else asdict(self.cluster)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,6 @@ class ServerSettings:
     """`host` is where to listen; `api_key` None asks for none. `keep_alive_s` None keeps a model loaded for ever."""
 
     host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT
     api_key: str | None = None
     allowed_hosts: frozenset[str] = frozenset()
     cors_origins: frozenset[str] = frozenset()

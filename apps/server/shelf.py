@@ -9,6 +9,7 @@ import asyncio
 import builtins
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -34,14 +35,14 @@ class ShelfModel:
 
 
 class Shelf:
-    """What can be served. The disk is read in a thread, at most every five seconds."""
+    """What can be served. The disk is read in a thread of its own, at most every five seconds."""
 
     def __init__(self, catalog: Catalog, served: Path | None = None) -> None:
         """`served` is the file that the server was started with; clients that name no model get it."""
         self._catalog, self._served = catalog, served
         self._described: dict[tuple[Path, int, int], Description | str] = {}
         self._listed_s = -_FRESH_S
-        self._lock = asyncio.Lock()
+        self._lock, self._thread = asyncio.Lock(), ThreadPoolExecutor(1, "shelf")
 
     @property
     def default_name(self) -> str | None:
@@ -56,26 +57,28 @@ class Shelf:
 
         Raises ModelNotFound, and UsageError for a name that several models have.
         """
-        return await self._in_thread(lambda: self._find(name))
+        async with self._lock:
+            if time.monotonic() - self._listed_s > _FRESH_S:
+                await self._in_thread(self._refresh)
+            return self._find(name)
 
     async def list(self) -> builtins.list[ShelfModel]:
         """Every model that is whole, the served one first."""
-        return await self._in_thread(self._list)
+        async with self._lock:
+            return await self._in_thread(self._list)
 
     def forget(self) -> None:
         """Look at the disk anew next time."""
         self._listed_s = -_FRESH_S
 
     async def _in_thread(self, look: Callable[[], T]) -> T:
-        async with self._lock:
-            return await asyncio.to_thread(self._on_fresh_listing, look)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, look)
 
-    def _on_fresh_listing(self, look: Callable[[], T]) -> T:
+    def _refresh(self) -> None:
         now_s = time.monotonic()
         if now_s - self._listed_s > _FRESH_S:
             self._catalog.refresh()
             self._listed_s = now_s
-        return look()
 
     def _entries(self) -> builtins.list[ModelEntry]:
         return [entry for entry in self._catalog.entries if not entry.problem]
@@ -96,6 +99,7 @@ class Shelf:
         return entry.name, entry.path
 
     def _list(self) -> builtins.list[ShelfModel]:
+        self._refresh()
         found = [self._model(entry.name, entry.path, entry.size_bytes) for entry in self._entries()]
         if self._served is not None and all(model.path != self._served for model in found):
             found.insert(0, self._model(self._served.stem, self._served, 0))

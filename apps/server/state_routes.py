@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from apps.server.host import Host
 from apps.server.replies import Json, Refusal, answering_errors
 from apps.server.shelf import ShelfModel
 from apps.server.streams import event, sse, while_client_waits
-from edgert.errors import InvalidRequest
+from edgert.errors import InvalidRequest, OutOfMemory
 from edgert.memory.probe import MemoryProbe
 from edgert.models.describe import Description
 
@@ -88,13 +88,13 @@ class StateRoutes:
                 "process": loaded.process.pid if loaded and loaded.process.alive else None,
                 "plan": loaded.process.info["plan"] if loaded else None,
                 "context_length": loaded.process.info["context_length"] if loaded else None,
-                "budget_bytes": host.load_options.memory,
+                "budget_bytes": host.load_options.memory, "context_option": host.load_options.context,
                 "running": host.running is not None, "waiting": host.n_waiting,
                 "prefill": asdict(progress) if isinstance(progress, Prefill) else None,
                 "memory": {**(dict(loaded.process.info["memory"]) if loaded else {}), "rss_bytes": self._rss_bytes(),
                            "available_bytes": self._probe.available_bytes()},
                 "tokens_per_second": host.measures.tokens_per_s.get(loaded.name) if loaded else None,
-                "cluster": None}  # devices and their shares, once a cluster computes
+                "cluster": cluster_of(loaded.process.info["plan"]) if loaded else None}
 
     def _rss_bytes(self) -> int:
         loaded = self._host.loaded
@@ -164,16 +164,20 @@ class StateRoutes:
         return asked if asked is not None else held + int(self._probe.available_bytes() * _SHARE_OF_AVAILABLE)
 
     async def load(self, request: Request) -> Response:
-        """Load a model within a budget (`memory` in bytes; null for what is left) and with a `context`."""
+        """Load a model within a budget (`memory` in bytes; null for what is left) and with a `context` (0 for the
+        model's own; null for the one before)."""
         fields = Fields(await read_json(request))
+        context = fields.whole("context", 0, 2**24, self._host.load_options.context)
         options = replace(self._host.load_options, memory=fields.whole("memory", 1, MAX_BUDGET_BYTES),
-                          context=fields.whole("context", 8, 2**24, self._host.load_options.context))
+                          context=context or None)
         model = fields.text("model", None, 4096)
         before = self._host.load_options
         try:
             loaded = await while_client_waits(request, self._host.ready(model, client_of(request), options))
-        except BaseException:
+        except BaseException as error:
             self._host.load_options = before  # the budget was impossible: the next request must not meet it
+            if isinstance(error, OutOfMemory):  # by the client's own wish
+                raise Refusal(400, error.message, error.next_step, "budget_too_small") from error
             raise
         return Json({"model": loaded.name, **loaded.process.info})
 
@@ -193,3 +197,12 @@ class StateRoutes:
         return Json({"counts": counts})
 
 
+def cluster_of(plan: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The devices of a plan with their shares of the weights, and why these; None where no cluster was asked for."""
+    told = plan.get("cluster")
+    if told is None:
+        return None
+    whole_bytes = sum(one["bytes"] for one in told["devices"])
+    devices = [{"name": one["name"], "bytes": one["bytes"], "share": round(one["bytes"] / max(1, whole_bytes), 4)}
+               for one in told["devices"]]
+    return {"devices": devices, "reason": told["reason"], "wire": told["wire"]}

@@ -10,6 +10,7 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,6 +21,7 @@ from edgert.errors import EdgertError
 if TYPE_CHECKING:
     from apps.server.answering import Answering
     from edgert.runtime import Runtime
+    from tensorpar.leader import ClusterOptions
 
 # The server sends one request at a time; a few more may be on their way when it cancels.
 _MAX_PENDING = 16
@@ -87,7 +89,8 @@ class Worker:
         given = frame["options"]
         store = given.get("kv_store")
         options = {**given, "models_dirs": [Path(one) for one in given["models_dirs"]],
-                   "kv_store": None if store is None else Path(store)}
+                   "kv_store": None if store is None else Path(store),
+                   "cluster": _cluster(given["cluster"])}
         self._runtime = Runtime.load(Path(frame["path"]), **options)
         self._send({"event": "loaded", "id": frame["id"], **describe(self._runtime)})
 
@@ -137,6 +140,15 @@ class Worker:
         with self._writing:
             self._answers.write(data)
             self._answers.flush()
+
+
+def _cluster(values: Mapping[str, Any] | None) -> ClusterOptions | None:
+    """What LoadOptions.to_frame made of it, as it was."""
+    if values is None:
+        return None
+    from tensorpar.leader import ClusterOptions
+
+    return ClusterOptions(**{**values, "peers": tuple(map(tuple, values["peers"]))})
 
 
 def _as_frame(error: EdgertError) -> Frame:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,15 +70,19 @@ def page(new_page: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(scope="session")
-def shots(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], None]:
-    """`shots(page, name)` writes a screenshot, to EDGERT_TEST_SHOTS if that names a directory."""
-    import os
-
+def shots_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where screenshots go: EDGERT_TEST_SHOTS if that names a directory."""
     directory = Path(os.environ.get("EDGERT_TEST_SHOTS") or tmp_path_factory.mktemp("shots"))
     directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shots(shots_directory: Path) -> Callable[[Any, str], None]:
+    """`shots(page, name)` writes a screenshot."""
 
     def shoot(page: Any, name: str) -> None:
-        path = directory / f"{name}.png"
+        path = shots_directory / f"{name}.png"
         page.screenshot(path=path)
         assert path.stat().st_size > 10_000  # not an empty page
 

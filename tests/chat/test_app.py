@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from served import DEADLINE_S, Served
-from test_page import LONG, SHORT, new_chat, say, texts, wait_finished
+from test_page import LONG, SHORT, new_chat, say, texts, wait_finished, wait_said
 
 FAKE_WEBVIEW = '''
 """Stands in for pywebview: opens nothing, but loads the page as a window would, and is closed by its user."""
@@ -21,9 +22,10 @@ import pathlib, types, urllib.request
 class WebViewException(Exception):
     pass
 errors = types.SimpleNamespace(WebViewException=WebViewException)
+settings = {}
 def create_window(title, url, **options):
     page = urllib.request.urlopen(url).read().decode()
-    pathlib.Path(__file__).with_name("shown").write_text(f"{title} {page}")
+    pathlib.Path(__file__).with_name("shown").write_text(f"{settings} {title} {page}")
 def start(**options):
     START
 '''
@@ -61,7 +63,7 @@ def test_a_killed_server_loses_no_message_and_the_page_finds_it_again(
         first = texts(page)[0]
         server.ask("PATCH", f"/edgert/chats/{chat_id}", {"settings": LONG})
         say(page, "Tell me a very long story.")
-        page.wait_for_function("() => document.querySelector('.message:nth-child(4) .text')?.innerText.length > 30")
+        wait_said(page, 30)
         server.kill()
         page.wait_for_selector("#notice.bad:visible")
     with Served(tmp_path, model, "--context", "1k", port=port) as server:
@@ -111,7 +113,7 @@ def test_edgert_chat_shows_a_window_and_ends_with_it(tmp_path: Path, tiny_model:
     with start_chat(tmp_path, tiny_model("llama")) as process:
         assert process.communicate(timeout=DEADLINE_S) == (None, "")
     assert process.returncode == 0
-    assert (tmp_path / "shown").read_text().startswith("edgert <!doctype html>")
+    assert (tmp_path / "shown").read_text().startswith("{'ALLOW_DOWNLOADS': True} edgert <!doctype html>")
 
 
 @pytest.mark.parametrize(("words", "webview"), [
@@ -127,3 +129,17 @@ def test_edgert_chat_opens_the_browser_and_ends_with_ctrl_c(words: tuple[str, ..
         assert re.search(r"http://127\.0\.0\.1:\d+/ \(Ctrl-C ends it\)", said)
         process.send_signal(signal.SIGINT)
         assert process.wait(DEADLINE_S) == 0
+
+
+def test_a_second_chat_finds_a_port_of_its_own(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    ports = set()
+    with ExitStack() as stack:
+        for name in ("one", "other"):
+            (tmp_path / name).mkdir()
+            process = stack.enter_context(start_chat(tmp_path / name, tiny_model("llama"), "--browser"))
+            stack.callback(process.kill)
+            assert process.stderr is not None
+            found = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stderr.readline())
+            assert found is not None
+            ports.add(found[1])
+    assert len(ports) == 2

@@ -46,6 +46,13 @@ def wait_finished(page: Any, n_answers: int = 1) -> None:
         polling=100)  # tabs behind others have no animation frames
 
 
+def wait_said(page: Any, n_chars: int) -> None:
+    """Until the last answer, which is being written, has more than `n_chars`."""
+    page.wait_for_function("n => { const text = document.querySelector('.message.assistant:last-child .text');"
+                           "return text && !text.querySelector('.waiting') && text.innerText.length > n; }",
+                           arg=n_chars)
+
+
 def texts(page: Any, role: str = "assistant") -> list[str]:
     return [text.strip() for text in page.locator(f".message.{role} .text").all_inner_texts()]
 
@@ -60,10 +67,13 @@ def test_a_first_conversation(new_page: Callable[..., Any], chatting: Served,
     page.fill("#panel label:has-text('Longest answer') input", "40")
     page.locator("#panel label:has-text('Longest answer') input").blur()
     page.wait_for_selector(".plan-bar")
+    page.locator("#panel h2").scroll_into_view_if_needed()
     shots(page, "settings")
     page.click("[aria-label='Close settings']")
     say(page, "Name three colours.")
     wait_finished(page)
+    page.click(".meta summary")
+    assert "1,024 tokens" in page.locator(".meta").inner_text() and "Peak memory" in page.locator(".meta").inner_text()
     shots(page, "answer")
     chat_id = re.search(r"#/chat/(\w+)", page.url)
     assert chat_id is not None
@@ -77,11 +87,13 @@ def test_a_first_conversation(new_page: Callable[..., Any], chatting: Served,
     assert page.locator(".chat-link[aria-current]").inner_text() == "Name three colours."
 
 
-def test_stop_in_decode_keeps_what_was_said(new_page: Callable[..., Any], chatting: Served) -> None:
+def test_stop_in_decode_keeps_what_was_said(new_page: Callable[..., Any], chatting: Served,
+                                            shots: Callable[[Any, str], None]) -> None:
     page = new_page(f"/#/chat/{new_chat(chatting, 'stop', LONG)}")
     say(page, "Write a very long story about a lighthouse.")
-    page.wait_for_function("() => document.querySelector('.message.assistant .text')?.innerText.length > 20")
+    wait_said(page, 20)
     page.wait_for_selector("#status-text:has-text('tok/s')")
+    shots(page, "writing")
     page.keyboard.press("Escape")
     wait_finished(page)
     assert len(texts(page)[0]) > 20
@@ -92,6 +104,7 @@ def test_stop_in_prefill(new_page: Callable[..., Any], chatting: Served, shots: 
     page = new_page(f"/#/chat/{new_chat(chatting, 'prefill', SHORT)}")
     say(page, "Summarise: " + "the quick brown fox jumps over the lazy dog. " * 90)
     page.wait_for_selector(".waiting progress")
+    shots(page, "reading")
     page.click("#stop")
     page.wait_for_selector("text=Stopped before the first word.")
     chatting.until(lambda state: not state["running"], "the model is free")
@@ -129,10 +142,10 @@ def test_regenerate_and_edit_make_branches_and_nothing_is_lost(new_page: Callabl
 def test_a_reload_in_the_middle_finds_the_answer_going_on(new_page: Callable[..., Any], chatting: Served) -> None:
     page = new_page(f"/#/chat/{new_chat(chatting, 'reload', LONG)}")
     say(page, "Write a very long story about a mountain.")
-    page.wait_for_function("() => document.querySelector('.message.assistant .text')?.innerText.length > 10")
+    wait_said(page, 10)
     before = texts(page)[0][:10]
     page.reload()
-    page.wait_for_function("() => document.querySelector('.message.assistant .text')?.innerText.length > 60")
+    wait_said(page, 60)
     assert texts(page)[0].startswith(before)
     page.click("#stop")
     wait_finished(page)
@@ -291,6 +304,9 @@ def test_a_full_context_offers_two_ways_on(new_page: Callable[..., Any], chattin
     page.wait_for_selector("text=The 2 oldest messages were left out")
     wait_finished(page, 3)
     assert page.locator(".branch:has-text('2/2')").count() == 1
+    say(page, "And then?")  # who was asked once is not asked again
+    wait_finished(page, 4)
+    assert page.locator("text=oldest messages were left out").count() == 2
     page.click("[aria-label='Previous version']")
     page.click("text=New chat with a summary")
     page.wait_for_selector(".chat-link[aria-current]:has-text('Long (continued)')")
@@ -312,8 +328,17 @@ def test_presets_and_the_system_prompt(new_page: Callable[..., Any], chatting: S
     assert chatting_system == "You are a pirate."
     page.keyboard.press("Control+Shift+O")
     page.wait_for_selector("#welcome:visible")
-    page.select_option("#panel select", label="Pirate")
+    page.select_option("#presets", label="Pirate")
     page.wait_for_function("() => document.querySelector('#panel textarea').value === 'You are a pirate.'")
+    page.click("text=Use for new chats")
+    page.wait_for_selector("#panel option:has-text('Default')", state="attached")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    page.click("#panel-button")
+    page.wait_for_function("() => document.querySelector('#panel textarea').value === 'You are a pirate.'")
+    page.select_option("#presets", label="Default")
+    page.click("text=Delete this preset")
+    page.wait_for_selector("#panel option:has-text('Default')", state="detached")
 
 
 def test_the_memory_slider_foretells_and_sets_a_budget(new_page: Callable[..., Any], chatting: Served,
@@ -327,10 +352,13 @@ def test_the_memory_slider_foretells_and_sets_a_budget(new_page: Callable[..., A
         page.keyboard.press("ArrowRight")
     page.wait_for_selector(".speed:has-text('streams from disk')")
     shots(page, "memory")
-    page.click("text=Use this budget")
+    page.select_option("#context", "512")
+    page.click("#panel button:has-text('Apply')")
     chatting.until(lambda state: state["budget_bytes"] and not state["loading"] and state["plan"], "the budget is set")
-    page.wait_for_selector("#panel button:has-text('Use what is free'):not(:disabled)")
-    page.click("text=Use what is free")
+    assert chatting.state()["context_length"] == 512
+    page.select_option("#context", "1024")
+    page.wait_for_selector("#panel button:has-text('All that is free'):not(:disabled)")
+    page.click("#panel button:has-text('All that is free')")
     chatting.until(lambda state: state["budget_bytes"] is None and not state["loading"], "the budget is free")
 
 
@@ -354,6 +382,65 @@ def test_keys_do_what_the_list_of_keys_says(new_page: Callable[..., Any], chatti
     page.click("dialog .button.bad")
     page.wait_for_selector("#welcome:visible")
     page.wait_for_selector(".chat-link:has-text('Renamed')", state="detached")
+
+
+def test_a_conversation_needs_no_pointer(new_page: Callable[..., Any], chatting: Served) -> None:
+    """Every step by keys alone, each button reached with Tab."""
+
+    def tab_to(selector: str, *, back: bool = False) -> None:
+        for _ in range(60):
+            if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+                return
+            page.keyboard.press("Shift+Tab" if back else "Tab")
+        raise AssertionError(f"{selector} is not reached")
+
+    page = new_page()
+    page.keyboard.type("Say a word.")  # the box has the focus when the page opens
+    tab_to("[aria-label='Settings']", back=True)
+    page.keyboard.press("Enter")
+    tab_to("#panel summary")
+    page.keyboard.press("Enter")
+    tab_to("#panel input[type=number]")
+    page.keyboard.type("8")
+    page.keyboard.press("Control+.")
+    tab_to("#composer-text")
+    page.keyboard.press("Enter")
+    wait_finished(page)
+    tab_to(".message.assistant [aria-label='Answer again']", back=True)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".branch:has-text('2/2')")
+    wait_finished(page)
+    tab_to(".branch [aria-label='Previous version']", back=True)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".branch:has-text('1/2')")
+    assert page.evaluate("document.activeElement.closest('.branch') !== null")  # the focus is not lost
+    tab_to("#chat-menu-button", back=True)
+    page.keyboard.press("Enter")
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog:has-text('Delete this conversation?')")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#welcome:visible")
+
+
+def test_the_devices_of_a_cluster_and_their_shares_are_shown(new_page: Callable[..., Any], chatting: Served,
+                                                             shots: Callable[[Any, str], None]) -> None:
+    """The server's part is in tests/server/test_cluster.py."""
+    devices = [{"name": name, "bytes": round(share * 2**30), "share": share}
+               for name, share in (("laptop", 0.5), ("pi<b>", 0.3), ("phone", 0.2))]
+    told = {**chatting.state(), "cluster": {"devices": devices, "reason": "three are 2.1 times as fast as one"}}
+    page = new_page(wait=False)
+    page.route("**/edgert/state", lambda route: route.fulfill(json=told))
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    page.click("#panel-button")
+    page.wait_for_selector(".devices")
+    assert page.locator(".devices").inner_text().split("\n") == [
+        "laptop", "50 % · 512 MiB", "pi<b>", "30 % · 307 MiB", "phone", "20 % · 205 MiB"]
+    page.locator("#facts").scroll_into_view_if_needed()
+    shots(page, "devices")
 
 
 @pytest.mark.parametrize(("width", "height", "name"), [(360, 740, "phone"), (3840, 2160, "4k")])
@@ -380,7 +467,8 @@ def test_it_reads_well_on_small_and_large_screens(width: int, height: int, name:
         page.click("#close-sidebar")
 
 
-def test_axe_finds_no_serious_violation(new_page: Callable[..., Any], chatting: Served) -> None:
+def test_axe_finds_no_serious_violation(new_page: Callable[..., Any], chatting: Served,
+                                        shots: Callable[[Any, str], None]) -> None:
     axe = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
     text = "# Title\n\n```py\nx = 1\n```\n\n| a |\n|---|\n| b |\n\n- [x] done\n"
     chat_id = import_chat(chatting, ("user", "hello"), ("assistant", text), title="Axe",
@@ -404,6 +492,7 @@ def test_axe_finds_no_serious_violation(new_page: Callable[..., Any], chatting: 
     page.click("[aria-label='Close settings']")
     page.click("#model-button")
     page.wait_for_selector("dialog")
+    shots(page, "models")
     check("the models")
     page.keyboard.press("Escape")
     page.click("#new-chat")

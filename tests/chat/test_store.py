@@ -198,11 +198,13 @@ def test_what_is_asked_has_the_system_prompt_the_branch_and_the_parameters(store
     one = store.add_message(chat.id, None, "user", "hi")
     failed = store.add_message(chat.id, one.id, "assistant", "")
     two = store.add_message(chat.id, failed.id, "user", "again")
-    asked = asked_of(chat, store.branch(two.id), keep_oldest=True)
+    asked = asked_of(chat, store.branch(two.id))
     assert [dict(message) for message in asked.messages] == [
         {"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
         {"role": "user", "content": "again"}]
-    assert asked.sampling == {"temperature": 0.0} and asked.max_tokens == 5
+    assert asked.sampling == {"temperature": 0.0} and asked.max_tokens == 5 and asked.keep_oldest
+    chat = store.change_chat(chat.id, settings={"leave_out": True})
+    assert not asked_of(chat, store.branch(two.id)).keep_oldest
 
 
 @pytest.mark.parametrize(("name", "safe"), [

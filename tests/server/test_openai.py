@@ -105,6 +105,15 @@ def test_a_json_schema_holds(client: openai.OpenAI, name: str) -> None:
     assert 1 <= json.loads(reply.choices[0].message.content or "")["age"] <= 99
 
 
+def test_json_is_an_object_where_only_that_is_asked(client: openai.OpenAI, name: str) -> None:
+    reply = client.chat.completions.create(model=name, messages=HELLO, max_tokens=400, seed=3, stop=None,
+                                           response_format={"type": "json_object"})
+    text = reply.choices[0].message.content or ""
+    if reply.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+    assert text.startswith("{")
+
+
 @pytest.mark.parametrize(("tools", "choice"), [
     ([WEATHER, TIME], {"type": "function", "function": {"name": "get_weather"}}), ([WEATHER], "required"),
     ([TIME, WEATHER], "required")])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import math
 import struct
+from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,10 @@ from apps.server.answering import without_oldest
 from apps.server.asked import Asked, ToolChoice
 from apps.server.forecast import Shape, Speeds, forecast, learned
 from apps.server.frames import MAX_FRAME_BYTES, encode, read_frame
+from apps.server.host import may_overflow
+from apps.server.pieces import Pieces
 from apps.server.settings import is_loopback
+from apps.server.streams import PING, with_pings
 from apps.server.turns import Turns
 from edgert.errors import ComputeError, UsageError
 from edgert.text.logprobs import check_n_top, token_logprobs
@@ -85,6 +91,48 @@ def test_the_oldest_turn_goes_whole_and_the_last_one_stays() -> None:
     assert [one["content"] for one in shorter] == ["0", "3", "4", "5"]
     assert [one["content"] for one in without_oldest(without_oldest(shorter))] == ["0", "5"]
     assert without_oldest([talk[0], talk[5]]) == [talk[0], talk[5]]
+
+
+def test_silence_is_broken_by_pings_and_nothing_is_lost() -> None:
+    waited = asyncio.Event()
+
+    async def source() -> AsyncIterator[bytes]:
+        yield b"one"
+        await waited.wait()
+        yield b"two"
+
+    async def collect() -> list[bytes]:
+        told = []
+        async for item in with_pings(source(), every_s=0.001):
+            told.append(item)
+            if told.count(PING) == 3:
+                waited.set()
+        return told
+
+    told = asyncio.run(collect())
+    assert told[0] == b"one" and told[-1] == b"two" and set(told[1:-1]) == {PING} and len(told) >= 5
+
+
+@pytest.mark.parametrize(("gaps_ms", "sent"), [
+    ([0, 50, 50, 50], [1, 1, 1, 1]),  # as slow as a reader: each at once
+    ([0, 5, 5, 5, 5, 5, 5, 5, 5], [1, 4, 4]),  # the first at once, then what comes within 20 ms
+    ([0, 5, 50, 5], [1, 2, 1])])
+def test_pieces_that_come_quickly_travel_together(gaps_ms: list[int], sent: list[int]) -> None:
+    now_s = 0.0
+    frames: list[dict[str, Any]] = []
+    with Pieces(frames.append, lambda: now_s) as pieces:
+        for number, gap_ms in enumerate(gaps_ms):
+            now_s += gap_ms / 1000 + 1e-6
+            pieces.add(str(number), {"token": number})
+    assert [frame["n_tokens"] for frame in frames] == sent
+    assert "".join(frame["text"] for frame in frames) == "".join(map(str, range(len(gaps_ms))))
+    assert [one["token"] for frame in frames for one in frame["logprobs"]] == list(range(len(gaps_ms)))
+
+
+@pytest.mark.parametrize(("n_words", "context_length", "may"), [(10, 8192, False), (9000, 8192, True), (60, 512, True)])
+def test_only_a_prompt_that_may_be_too_long_is_counted(n_words: int, context_length: int, may: bool) -> None:
+    asked = Asked(messages=({"role": "user", "content": "\u00e9" * n_words},))
+    assert may_overflow(asked, context_length) == may
 
 
 MIB = 2**20

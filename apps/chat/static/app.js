@@ -6,9 +6,9 @@ import { askKey, showKeys } from "./dialogs.js";
 import { $, notice } from "./dom.js";
 import { stop, toEnd, watchScrolling } from "./messages.js";
 import { reload as reloadModels, startModels } from "./models.js";
-import { startPanel, toggle as togglePanel } from "./panel.js";
+import { reloadPresets, startPanel, toggle as togglePanel } from "./panel.js";
 import { reload as reloadChats, remove, rename, startSidebar, toggle as toggleSidebar } from "./sidebar.js";
-import { changed, on, state, writing } from "./state.js";
+import { changed, on, renewDraft, state, writing } from "./state.js";
 
 const POLL_MS = 2000;
 
@@ -102,7 +102,7 @@ async function start() {
   on("other:chat", (chatId) => reopen(chatId));
   on("reload", () => reopen());
   on("finished", () => { look(); reloadModels().catch(() => {}); reloadChats().catch(() => {}); });
-  await Promise.all([reloadModels(), reloadChats(), open(), look()].map((one) => one.catch((error) => notice(error.message, true))));
+  await Promise.all([reloadModels(), reloadChats(), reloadPresets().then(renewDraft), open(), look()].map((one) => one.catch((error) => notice(error.message, true))));
   document.documentElement.dataset.ready = "true";
   setInterval(look, POLL_MS);
 }

@@ -3,11 +3,12 @@
 import { ApiError, post } from "./api.js";
 import { $, count, h, icon, iconButton, speed } from "./dom.js";
 import { adopt, editLast, guarded, liveFigures, stop } from "./messages.js";
-import { branch, changed, modelOf, on, state, tellOtherTabs, writing } from "./state.js";
+import { branch, changed, modelOf, on, renewDraft, state, tellOtherTabs, writing } from "./state.js";
 
 const LONG_PASTE_CHARS = 6000; // becomes a file, so that the box stays readable
 let files = []; // {name, id?, n_tokens?, error?, busy}
 let sending = false;
+let warmed = null;
 
 export function startComposer() {
   const area = $("composer-text");
@@ -15,7 +16,7 @@ export function startComposer() {
   $("stop").addEventListener("click", stop);
   $("attach").addEventListener("click", () => $("attach-file").click());
   $("attach-file").addEventListener("change", (event) => { attach(event.target.files); event.target.value = ""; });
-  area.addEventListener("input", update);
+  area.addEventListener("input", () => { update(); warm(); });
   area.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
     if (event.key === "ArrowUp" && !area.value && !writing()) { event.preventDefault(); editLast(); }
@@ -38,6 +39,14 @@ export function startComposer() {
 }
 
 export function setText(text) { $("composer-text").value = text; update(); $("composer-text").focus(); }
+
+// Who writes will send: a model that is not in memory is loaded meanwhile. Nobody else's makes room for it.
+function warm() {
+  const model = modelOf();
+  if (!model || warmed === model || !state.server || state.server.model || state.server.loading) return;
+  warmed = model;
+  post("/edgert/tokens", { model, texts: [""] }).catch(() => {}); // what fails is told when the message is sent
+}
 
 async function attach(list) {
   for (const file of [...list]) { // the list itself is emptied when its event is over
@@ -63,6 +72,7 @@ function showFiles() {
 
 function update() {
   const area = $("composer-text");
+  area.placeholder = state.models && !modelOf() ? "Choose a model first" : "Ask anything";
   area.style.height = "auto";
   area.style.height = `${area.scrollHeight}px`;
   const busy = Boolean(writing());
@@ -85,7 +95,8 @@ function showStatus(fileTokens) {
   if (perToken) told.push(`${mib(perToken)} streamed per token`);
   $("status-text").textContent = told.join(" · ");
   const limit = state.server?.context_length ?? last?.context_length;
-  const used = (last ? last.prompt_tokens + last.completion_tokens : 0) + fileTokens + (now?.tokens ?? 0);
+  const before = now?.promptTokens || (last ? last.prompt_tokens + last.completion_tokens : 0);
+  const used = before + fileTokens + (now?.tokens ?? 0);
   $("context-text").textContent = limit && used ? `${count(used)} of ${count(limit)} tokens` : "";
   $("context-bar").style.width = limit ? `${Math.min(100, used / limit * 100)}%` : "0";
   document.querySelector(".meter").hidden = !(limit && used);
@@ -111,7 +122,7 @@ async function send() {
     files = [];
     showFiles();
     adopt(made.message, made.answer);
-    if (isNew) { history.replaceState(null, "", `#/chat/${state.chat.id}`); changed("opened"); }
+    if (isNew) { renewDraft(); history.replaceState(null, "", `#/chat/${state.chat.id}`); changed("opened"); }
     tellOtherTabs("chats");
     changed("reload-chats");
     if (made.error) throw new ApiError(0, made.error);

@@ -40,10 +40,15 @@ export function speed(tokensPerSecond) {
   return `${tokensPerSecond >= 100 ? Math.round(tokensPerSecond) : tokensPerSecond.toFixed(1)} tok/s`;
 }
 
+// Of a forecast: no more figures than it knows.
+export const estimate = (tokensPerSecond) => `≈ ${Number(tokensPerSecond.toPrecision(2))} tok/s`;
+
 export const count = (n) => n.toLocaleString("en");
 
 export function seconds(ms) {
-  return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
+  if (ms < 1000) return `${Math.round(ms)} ms`;
+  if (ms < 100_000) return `${(ms / 1000).toFixed(ms < 10_000 ? 1 : 0)} s`;
+  return `${Math.round(ms / 60_000)} min`;
 }
 
 export function announce(text) {

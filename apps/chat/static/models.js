@@ -1,7 +1,7 @@
 // Choosing a model, with what each would do here; and the first run, when there is none.
 
 import { del, get, patch, post } from "./api.js";
-import { $, bytes, count, h, speed } from "./dom.js";
+import { $, bytes, count, estimate, h, seconds } from "./dom.js";
 import { dialog } from "./dialogs.js";
 import { setText } from "./composer.js";
 import { guarded } from "./messages.js";
@@ -15,7 +15,7 @@ export function startModels() {
   $("model-button").addEventListener("click", choose);
   on("models", show);
   on("chat", show);
-  on("reload-models", () => reload());
+  on("reload-models", () => guarded(reload));
 }
 
 export async function reload(fresh = false) {
@@ -26,7 +26,7 @@ export async function reload(fresh = false) {
 export function badge(forecast) {
   if (!forecast) return null;
   const kind = { fits: "fits", streams: "streams", "too slow": "slow" }[forecast.verdict];
-  return h("span", { class: `badge ${kind}` }, `${forecast.verdict} · ≈ ${speed(forecast.tokens_per_s)}`);
+  return h("span", { class: `badge ${kind}` }, `${forecast.verdict} · ${estimate(forecast.tokens_per_s)}`);
 }
 
 function show() {
@@ -43,16 +43,22 @@ function choose() {
   const pick = async (name) => {
     box.close();
     state.draft.model = name;
+    localStorage.setItem("edgert-model", name);
     if (state.chat) { state.chat.model = name; await guarded(() => patch(`/edgert/chats/${state.chat.id}`, { model: name })); }
     changed("models");
   };
   const list = h("ul", { class: "choices" }, (state.models?.models ?? []).map((model) => h("li", {}, h("button", {
     type: "button", class: "choice", "aria-pressed": String(model.name === modelOf()), disabled: Boolean(model.problem), onclick: () => pick(model.name) },
   h("strong", {}, model.name), h("small", {}, model.problem ?? [model.architecture, model.quantisation, bytes(model.size_bytes), model.context_length && `${count(model.context_length)} tokens of context`].filter(Boolean).join(" · ")),
-  h("span", { class: "right" }, badge(model.forecast), model.loaded ? h("small", {}, "loaded") : null)))));
+  h("span", { class: "right" }, badge(model.forecast), stateOf(model))))));
   const box = dialog("Model", state.models?.models.length ? list : h("p", {}, "There is no model yet."), h("div", { class: "buttons" },
-    h("button", { type: "button", class: "button", onclick: () => { box.close(); offer(true); } }, "Get another model"),
+    h("button", { type: "button", class: "button", onclick: () => { box.close(); guarded(() => offer(true)); } }, "Get another model"),
     h("button", { type: "button", class: "button", onclick: () => box.close() }, "Close")));
+}
+
+function stateOf(model) {
+  if (state.server?.loading === model.name) return h("small", {}, "loading…");
+  return model.loaded ? h("small", {}, "loaded") : null;
 }
 
 // ---- when there is nothing to show
@@ -62,7 +68,7 @@ function welcome() {
   box.hidden = Boolean(state.chat);
   $("messages").hidden = !box.hidden;
   if (box.hidden || !state.models) return;
-  if (!state.models.models.length) { if (!box.dataset.offer) offer(false); return; }
+  if (!state.models.models.length) { if (!box.dataset.offer) guarded(() => offer(false)); return; }
   delete box.dataset.offer;
   box.replaceChildren(h("h2", {}, "What shall we work on?"), h("p", {}, `${modelOf()} answers on this machine. Nothing that you write leaves it.`),
     h("div", { class: "cards" }, IDEAS.map(([title, text]) => h("button", { type: "button", class: "card", onclick: () => setText(text) }, h("strong", {}, title), h("p", {}, text)))));
@@ -70,12 +76,13 @@ function welcome() {
 
 async function offer(inDialog) {
   if (!inDialog) $("welcome").dataset.offer = "1";
-  const first = await get("/edgert/first-run");
+  const [first, { download }] = await Promise.all([get("/edgert/first-run"), get("/edgert/download")]);
   const running = h("div", { class: "own", role: "status" });
   const cards = h("div", { class: "cards" }, first.suggestions.map((one) => h("div", { class: "card" }, h("strong", {}, one.title), badge(one.forecast), h("p", {}, one.about),
     h("span", { class: "facts" }, `${bytes(one.size_bytes)} to fetch`), h("button", { type: "button", class: "button main", onclick: () => fetchModel(one.model, running) }, "Get it"))));
   const own = h("p", { class: "own" }, "Or use a file of your own: put a .gguf file into ", h("code", {}, first.models_dir), ", or start ", h("code", {}, "edgert chat FILE.gguf"), ". ",
-    h("button", { type: "button", class: "quiet", onclick: () => guarded(() => reload(true)) }, "Look again"));
+    h("button", { type: "button", class: "link", onclick: () => guarded(() => reload(true)) }, "Look again"));
+  if (download && !download.finished) guarded(() => followDownload(running)); // it goes on, whoever looks
   if (inDialog) {
     const box = dialog("Get a model", cards, running, own, h("div", { class: "buttons" }, h("button", { type: "button", class: "button", onclick: () => box.close() }, "Close")));
   } else {
@@ -86,16 +93,31 @@ async function offer(inDialog) {
 async function fetchModel(model, box) {
   await guarded(async () => {
     await post("/edgert/download", { model });
-    for (;;) {
-      const { download } = await get("/edgert/download");
-      if (download.finished) { if (download.error) throw new Error(download.error); break; }
-      const bar = h("progress", { max: download.total_bytes || 1, "aria-label": "Download" });
-      if (download.total_bytes) bar.value = download.done_bytes;
-      box.replaceChildren(h("p", {}, `${download.text || `Fetching ${model}`} ${download.total_bytes ? `${bytes(download.done_bytes)} of ${bytes(download.total_bytes)}` : ""}`), bar,
-        h("button", { type: "button", class: "quiet", onclick: () => del("/edgert/download") }, "Stop"));
-      await new Promise((resolve) => { setTimeout(resolve, POLL_MS); });
-    }
-    box.replaceChildren(h("p", {}, "It is here."));
-    await reload(true);
+    await followDownload(box);
   });
+}
+
+async function followDownload(box) {
+  const line = h("p", {}, "Fetching…");
+  const bar = h("progress", { "aria-label": "Download" });
+  box.replaceChildren(line, bar, h("button", { type: "button", class: "link", onclick: () => guarded(() => del("/edgert/download")) }, "Stop"));
+  let first = null; // where it was when somebody began to look: speed is measured from there
+  for (;;) {
+    const { download } = await get("/edgert/download");
+    if (download.finished) {
+      box.replaceChildren(h("p", {}, download.error ? "What has arrived is kept." : "It is here."));
+      if (download.error) throw new Error(download.error);
+      break;
+    }
+    if (first?.total !== download.total_bytes) first = { total: download.total_bytes, done: download.done_bytes, atMs: performance.now() };
+    line.textContent = [download.text || `Fetching ${download.model}`, download.total_bytes && howFar(download, first)].filter(Boolean).join(" · ");
+    if (download.total_bytes) { bar.max = download.total_bytes; bar.value = download.done_bytes; }
+    await new Promise((resolve) => { setTimeout(resolve, POLL_MS); });
+  }
+  await reload(true);
+}
+
+function howFar({ done_bytes: done, total_bytes: total }, first) {
+  const perMs = (done - first.done) / (performance.now() - first.atMs);
+  return `${bytes(done)} of ${bytes(total)}${perMs > 0 ? `, ${seconds((total - done) / perMs)} left` : ""}`;
 }

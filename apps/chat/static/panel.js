@@ -1,17 +1,17 @@
 // Settings: the memory slider with what it would mean, the system prompt and presets, and the parameters.
 
 import { del, get, patch, post } from "./api.js";
-import { $, bytes, count, h, iconButton, notice, speed } from "./dom.js";
+import { $, announce, bytes, count, estimate, h, iconButton, notice } from "./dom.js";
 import { ask } from "./dialogs.js";
 import { guarded } from "./messages.js";
-import { changed, modelOf, on, state } from "./state.js";
+import { changed, modelOf, on, state, USUAL } from "./state.js";
 
 const STEPS = 200; // of the slider, from its least to all memory by equal ratios
 const LEAST_BYTES = 128 * 2 ** 20;
 const PARAMETERS = [["temperature", "Temperature", 0, 2, 0.05, 0.8], ["top_p", "Top p", 0, 1, 0.01, 0.95], ["top_k", "Top k", 0, 200, 1, 40],
   ["min_p", "Min p", 0, 1, 0.01, 0.05], ["repeat_penalty", "Repeat penalty", 0.5, 2, 0.05, 1]];
 const WORDS = { fits: "fits in memory", streams: "streams from disk", "too slow": "too slow to use" };
-let presets = [];
+let chosen = ""; // the preset whose values are shown
 let asked = 0;
 
 export function startPanel() {
@@ -19,6 +19,7 @@ export function startPanel() {
   on("chat", () => { if (!$("panel").hidden) show(); });
   on("models", () => { if (!$("panel").hidden && !$("panel").contains(document.activeElement)) show(); }); // nobody's typing is lost
   on("server", showFacts);
+  on("want-context", () => { if ($("panel").hidden) toggle(); $("context").focus(); });
 }
 
 export function toggle() {
@@ -29,12 +30,19 @@ export function toggle() {
   if (panel.hidden) { $("panel-button").focus(); return; }
   show();
   panel.querySelector("button").focus();
-  get("/edgert/presets").then((reply) => { presets = reply.presets; listPresets(); }); // the rest stays: somebody may be typing
+  guarded(reloadPresets); // the rest stays: somebody may be typing
+}
+
+export async function reloadPresets() {
+  state.presets = (await get("/edgert/presets")).presets;
+  listPresets();
 }
 
 const target = () => state.chat ?? state.draft;
 
 async function save(values) {
+  chosen = "";
+  listPresets();
   Object.assign(target(), values);
   if (state.chat) await guarded(() => patch(`/edgert/chats/${state.chat.id}`, values));
 }
@@ -47,17 +55,23 @@ function show() {
     h("div", { class: "panel-head" }, h("h2", {}, "Settings"), iconButton("close", "Close settings", toggle)),
     memory(),
     h("h3", {}, "System prompt"), h("label", { class: "field" }, h("span", { class: "visually-hidden" }, "System prompt"), area),
-    h("div", { class: "pair" }, choice, h("button", { type: "button", class: "button", onclick: keep }, "Save as…")),
+    h("div", { class: "pair" }, choice, h("button", { type: "button", class: "button", onclick: () => keep() }, "Save as…")),
+    h("div", { class: "buttons" }, h("button", { type: "button", class: "link", onclick: () => keep(USUAL) }, "Use for new chats"),
+      h("button", { type: "button", class: "link", id: "forget-preset", onclick: forget }, "Delete this preset")),
     h("details", { class: "advanced" }, h("summary", {}, "Advanced"), PARAMETERS.map((one) => parameter(one, settings)),
       numberField("max_tokens", "Longest answer, in tokens", settings, 1), numberField("seed", "Seed", settings, 0),
+      h("label", { class: "tick" }, h("input", { type: "checkbox", checked: Boolean(settings?.leave_out), onchange: (event) => save({ settings: { ...target().settings, leave_out: event.target.checked } }) }),
+        h("span", {}, "Leave out the oldest turns when the context is full")),
       h("button", { type: "button", class: "quiet", onclick: async () => { await save({ settings: {} }); show(); } }, "Back to the defaults")),
-    h("h3", {}, "Now"), h("dl", { class: "facts-list", id: "facts" }));
+    h("div", { id: "facts" }));
   listPresets();
   showFacts();
 }
 
 function listPresets() {
-  $("presets")?.replaceChildren(h("option", { value: "" }, "Presets…"), ...presets.map((preset) => h("option", { value: preset.id }, preset.name)));
+  if (!$("presets")) return;
+  $("presets").replaceChildren(h("option", { value: "" }, "Presets…"), ...state.presets.map((preset) => h("option", { value: preset.id, selected: preset.id === chosen }, preset.name)));
+  $("forget-preset").hidden = !chosen;
 }
 
 function parameter([name, label, low, high, step, usual], settings) {
@@ -77,65 +91,89 @@ function numberField(name, label, settings, low) {
 }
 
 async function apply(id) {
-  const preset = presets.find((one) => one.id === id);
+  const preset = state.presets.find((one) => one.id === id);
   if (!preset) return;
   await save({ system: preset.system, settings: preset.settings });
+  chosen = id;
   show();
 }
 
-async function keep() {
-  const name = await ask("Save as a preset", "Name", "");
+async function keep(name) {
+  name ??= await ask("Save as a preset", "Name", "");
   if (!name) return;
   await guarded(async () => {
-    const same = presets.find((one) => one.name === name);
-    if (same) await del(`/edgert/presets/${same.id}`);
-    await post("/edgert/presets", { name, system: target().system ?? "", settings: target().settings ?? {} });
-    presets = (await get("/edgert/presets")).presets;
+    chosen = (await post("/edgert/presets", { name, system: target().system ?? "", settings: target().settings ?? {} })).id;
+    await reloadPresets();
+    announce(name === USUAL ? "New chats begin like this one." : `Saved as ${name}.`);
   });
-  show();
+  $("presets").focus();
 }
 
-// ---- memory
+async function forget() {
+  await guarded(async () => { await del(`/edgert/presets/${chosen}`); chosen = ""; await reloadPresets(); });
+  $("presets").focus();
+}
+
+// ---- memory: nothing is changed before the button is pressed
 
 function memory() {
   const model = modelOf();
   const total = state.models?.total_bytes ?? 2 ** 33;
   const toBytes = (step) => Math.round(LEAST_BYTES * (total / LEAST_BYTES) ** (step / STEPS));
   const toStep = (n) => Math.round(Math.log(Math.max(1, n / LEAST_BYTES)) / Math.log(total / LEAST_BYTES) * STEPS);
-  const now = state.server?.budget_bytes ?? null;
-  const output = h("output", {}, now ? bytes(now) : `${bytes(state.models?.budget_bytes ?? total)} (all that is free)`);
+  const set = state.server?.budget_bytes ?? null; // null is all that is free
+  const free = state.models?.budget_bytes ?? total;
+  const output = h("output", {}, set ? bytes(set) : `${bytes(free)} (all that is free)`);
   const plan = h("div", { "aria-live": "polite" });
-  const use = h("button", { type: "button", class: "button main", disabled: true, onclick: () => load(toBytes(Number(slider.value))) }, "Use this budget");
-  const free = h("button", { type: "button", class: "button", disabled: now === null, onclick: () => load(null) }, "Use what is free");
-  const slider = h("input", { type: "range", id: "memory", min: 0, max: STEPS, value: toStep(now ?? state.models?.budget_bytes ?? total), oninput: () => {
+  let moved = false;
+  const budget = () => (moved ? toBytes(Number(slider.value)) : set);
+  const foretell = () => { use.disabled = false; predict(model, budget() ?? free, Number(context.value), plan); };
+  const use = h("button", { type: "button", class: "button main", disabled: true, onclick: () => load(budget(), Number(context.value)) }, "Apply");
+  const all = h("button", { type: "button", class: "button", disabled: set === null, onclick: () => load(null, Number(context.value)) }, "All that is free");
+  const slider = h("input", { type: "range", id: "memory", min: 0, max: STEPS, value: toStep(set ?? free), oninput: () => {
+    moved = true;
     output.textContent = bytes(toBytes(Number(slider.value)));
-    use.disabled = false;
-    predict(model, toBytes(Number(slider.value)), plan);
+    slider.setAttribute("aria-valuetext", output.textContent);
+    foretell();
   } });
   slider.setAttribute("aria-valuetext", output.textContent);
-  if (model) predict(model, now ?? state.models?.budget_bytes ?? total, plan);
-  return h("div", {}, h("h3", {}, "Memory"), h("label", { class: "field" }, h("span", {}, "Budget", output), slider), plan, h("div", { class: "buttons" }, use, free));
+  const context = h("select", { id: "context", onchange: foretell }, contextLengths().map(([n, label]) => h("option", { value: n, selected: n === (state.server?.context_option ?? 0) }, label)));
+  if (model) predict(model, set ?? free, Number(context.value), plan);
+  return h("div", {}, h("h3", {}, "Memory"), h("label", { class: "field" }, h("span", {}, "Budget", output), slider), plan,
+    h("label", { class: "field" }, h("span", {}, "Context, in tokens"), context), h("div", { class: "buttons" }, use, all));
 }
 
-async function predict(model, budget, box) {
+// What the model was trained for bounds the choice; 0 lets edgert choose.
+function contextLengths() {
+  const trained = state.models?.models.find((one) => one.name === modelOf())?.context_length ?? 0;
+  const lengths = new Set([state.server?.context_option ?? 0, trained]);
+  for (let n = 512; n < trained; n *= 2) lengths.add(n);
+  lengths.delete(0);
+  return [[0, "automatic"], ...[...lengths].sort((a, b) => a - b).map((n) => [n, n === trained ? `${count(n)} (the model’s longest)` : count(n)])];
+}
+
+async function predict(model, budget, context, box) {
   if (!model) return;
   asked += 1;
   const mine = asked;
-  const told = await get(`/edgert/forecast?model=${encodeURIComponent(model)}&memory=${budget}`).catch(() => null);
+  const told = await get(`/edgert/forecast?model=${encodeURIComponent(model)}&memory=${budget}${context ? `&context=${context}` : ""}`).catch(() => null);
   if (!told || mine !== asked) return; // a newer question is on its way
   const rows = [["pinned", "Weights that stay", told.pinned_bytes], ["kv", "Conversation (when full)", told.kv_bytes], ["other", "Program", told.other_bytes],
-    ["streamed", "Read from disk per token", told.streamed_bytes]];
-  const whole = rows.reduce((sum, [, , n]) => sum + n, 0);
-  const bar = h("div", { class: "plan-bar", "aria-hidden": "true" }, rows.map(([kind, , n]) => { const part = h("span", { class: kind }); part.style.width = `${n / whole * 100}%`; return part; }));
-  box.replaceChildren(
-    h("div", { class: "speed" }, `≈ ${speed(told.tokens_per_s)} `, h("small", {}, `${WORDS[told.verdict]}${told.measured ? "" : ", estimated"}`)), bar,
-    h("div", { class: "legend" }, rows.filter(([, , n]) => n).flatMap(([kind, label, n]) => [h("i", { class: kind }), h("span", {}, label), h("span", {}, bytes(n))])));
+    ["streamed", "Read from disk per token", told.streamed_bytes]].filter(([, , n]) => n);
+  box.replaceChildren(h("div", { class: `speed ${told.verdict === "too slow" ? "slow" : told.verdict}` }, `${estimate(told.tokens_per_s)} `, h("small", {}, `${WORDS[told.verdict]}${told.measured ? "" : ", estimated"}`)),
+    shares(rows.map(([kind, , n]) => [kind, n])), h("div", { class: "legend" }, rows.flatMap(([kind, label, n]) => [h("i", { class: kind }), h("span", {}, label), h("span", {}, bytes(n))])));
 }
 
-async function load(budget) {
+// A bar of parts: [class, size] each.
+function shares(parts) {
+  const whole = parts.reduce((sum, [, n]) => sum + n, 0);
+  return h("div", { class: "plan-bar", "aria-hidden": "true" }, parts.map(([kind, n]) => { const part = h("span", { class: kind }); part.style.width = `${n / whole * 100}%`; return part; }));
+}
+
+async function load(budget, context) {
   await guarded(async () => {
     notice("Loading the model within this budget…");
-    await post("/edgert/models/load", { model: modelOf(), memory: budget });
+    await post("/edgert/models/load", { model: modelOf(), memory: budget, context });
     notice("");
     state.server = await get("/edgert/state");
     changed("reload-models");
@@ -145,13 +183,19 @@ async function load(budget) {
 }
 
 function showFacts() {
-  const list = $("facts");
+  const box = $("facts");
   const now = state.server;
-  if (!list || !now) return;
+  if (!box || !now) return;
   const { memory: held } = now;
   const rows = [["Model", now.loading ? `loading ${now.loading}` : now.model ?? "none loaded"], ["Process", now.process ? `${bytes(held.rss_bytes)} resident` : "not running"],
     ["Weights that stay", held.pinned_bytes ? bytes(held.pinned_bytes) : "–"], ["Streamed per token", now.plan?.streamed_bytes_per_pass ? bytes(now.plan.streamed_bytes_per_pass) : "nothing"],
     ["Context", now.context_length ? `${count(now.context_length)} tokens` : "–"], ["Free memory", bytes(held.available_bytes)], ["Requests waiting", String(now.waiting)]];
-  for (const device of now.cluster?.devices ?? []) rows.push([device.name, `${Math.round(device.share * 100)} % of each layer`]);
-  list.replaceChildren(...rows.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+  box.replaceChildren(...(now.cluster ? devices(now.cluster) : []), h("h3", {}, "Now"),
+    h("dl", { class: "facts-list" }, rows.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])));
+}
+
+function devices({ devices: all, reason }) {
+  return [h("h3", {}, "Devices"), shares(all.map((device, i) => [`device-${i % 4}`, device.bytes])),
+    h("div", { class: "legend devices" }, all.flatMap((device, i) => [h("i", { class: `device-${i % 4}` }), h("span", {}, device.name), h("span", {}, `${Math.round(device.share * 100)} % · ${bytes(device.bytes)}`)])),
+    reason ? h("p", { class: "said" }, reason) : null].filter(Boolean);
 }

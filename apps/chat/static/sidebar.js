@@ -12,8 +12,8 @@ let timer = 0;
 
 export function startSidebar() {
   $("new-chat").addEventListener("click", () => { location.hash = "#/"; narrowClose(); });
-  $("search").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(search, SEARCH_AFTER_MS); });
-  $("search").addEventListener("keydown", (event) => { if (event.key === "Escape") { $("search").value = ""; search(); } });
+  $("search").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(() => guarded(search), SEARCH_AFTER_MS); });
+  $("search").addEventListener("keydown", (event) => { if (event.key === "Escape") { $("search").value = ""; guarded(search); } });
   $("import-button").addEventListener("click", () => $("import-file").click());
   $("import-file").addEventListener("change", importFile);
   $("open-sidebar").addEventListener("click", toggle);
@@ -22,8 +22,8 @@ export function startSidebar() {
   $("chat-menu-button").addEventListener("click", () => menu($("chat-menu-button"), [
     ["Rename", rename], ["Export as Markdown", `/edgert/chats/${state.chat.id}/export?format=md`],
     ["Export as JSON", `/edgert/chats/${state.chat.id}/export?format=json`], ["Delete", remove, "bad"]]));
-  on("reload-chats", reload);
-  on("other:chats", reload);
+  on("reload-chats", reloadQuietly);
+  on("other:chats", reloadQuietly);
   on("chat", show);
   on("opened", show);
   $("layout").classList.toggle("no-side", narrow());
@@ -43,6 +43,9 @@ export async function reload() {
   if (mine) state.chat = { ...state.chat, title: mine.title };
   show();
 }
+
+// Where nobody waits for it: if the server is gone, the page says so anyway, and reloads when it is back.
+const reloadQuietly = () => reload().catch(() => {});
 
 function show() {
   const title = state.chat?.title ?? "New chat";

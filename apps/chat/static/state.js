@@ -5,8 +5,16 @@ export const state = {
   chat: null, // with `messages`: the whole tree, in the order of writing
   models: null, // /edgert/models
   server: null, // /edgert/state
+  presets: [],
   draft: { model: null, system: "", settings: {} }, // of a chat that is not there yet
 };
+
+// The preset that new chats begin with, where the user has saved one.
+export const USUAL = "Default";
+export function renewDraft() {
+  const usual = state.presets.find((one) => one.name === USUAL);
+  state.draft = { model: state.draft.model, system: usual?.system ?? "", settings: usual?.settings ?? {} };
+}
 
 const listeners = new Map();
 const otherTabs = new BroadcastChannel("edgert");
@@ -48,4 +56,10 @@ export function leafBelow(message) {
 }
 
 export const writing = () => branch().find((message) => message.status === "writing") ?? null;
-export const modelOf = () => state.chat?.model ?? state.draft.model ?? state.models?.default ?? state.models?.models[0]?.name ?? null;
+
+// The model that answers here: the chat's, else what was chosen in this tab, what the server was started with, what was chosen last.
+export function modelOf() {
+  const all = state.models?.models ?? [];
+  const last = all.find((one) => one.name === localStorage.getItem("edgert-model"));
+  return state.chat?.model ?? state.draft.model ?? state.models?.default ?? (last ?? all[0])?.name ?? null;
+}
