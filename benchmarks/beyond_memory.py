@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from control_group import drop_page_cache, is_possible, run_limited
+from apps.bench.control_group import drop_page_cache, is_possible, run_limited
 
 _TIMEOUT_S = 900.0
 _RAW_S = 0.35  # of each number of threads; about 1 GB
@@ -38,7 +38,7 @@ def child(args: argparse.Namespace) -> Row:
     prompt = [(i * 7) % 5000 + 100 for i in range(args.prompt)]
     start = time.perf_counter()
     if args.child == "llama.cpp":
-        from llamacpp import LlamaCpp
+        from apps.bench.llamacpp import LlamaCpp
 
         peer = LlamaCpp(Path(args.model), context_length=args.context)
         loaded, times, ids = time.perf_counter(), list[float](), list[int]()

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from control_group import drop_page_cache, is_possible, run_limited, slow_disk
+from apps.bench.control_group import drop_page_cache, is_possible, run_limited, slow_disk
 
 _TIMEOUT_S = 1200.0
 _REFUSED = 5  # edgert's exit status for a budget that is too small

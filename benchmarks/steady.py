@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from control_group import is_possible, slow_disk
 
+from apps.bench.control_group import is_possible, slow_disk
 from edgert import Runtime, SamplingParams
 
 _PROMPT = [(i * 7) % 5000 + 100 for i in range(64)]

@@ -41,7 +41,11 @@ class LlamaCpp:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
 
     def step(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
-        """Append tokens; logits (vocab_size,) of the last one."""
+        """Append tokens; a copy of the logits (vocab_size,) of the last one."""
+        return self.decode(token_ids).copy()
+
+    def decode(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
+        """Append tokens; logits (vocab_size,) of the last one, valid until the next ones."""
         ids = np.fromiter(token_ids, np.int32)
         for start in range(0, len(ids), self._batch_size):
             part = np.ascontiguousarray(ids[start:start + self._batch_size])
@@ -49,7 +53,7 @@ class LlamaCpp:
             if llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(pointer, len(part))) != 0:
                 raise RuntimeError("llama_decode failed")
         pointer = llama_cpp.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(pointer, (self.vocab_size,)).copy()
+        return np.ctypeslib.as_array(pointer, (self.vocab_size,))
 
     def greedy(self, prompt: Iterable[int], n_tokens: int) -> list[int]:
         """`n_tokens` tokens, each the argmax, end tokens included."""
@@ -67,6 +71,10 @@ class LlamaCpp:
 
     def reset(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget all but the first tokens."""
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), 0, n_tokens, -1)
 
     def close(self) -> None:
         if self._context:
