@@ -41,9 +41,9 @@ def _table(device: Mapping[str, Any], rows: Sequence[Row]) -> str:
     disk = rows[0]["environment"]["disk"]["bytes_s"] / 1e9
     where = f"{device['device']} ({device['cpu']})" if device["device"] else device["cpu"]
     lines = [f"On {where}, {rows[0]['n_threads']} of {device['n_cpus']} cores, {format_bytes(device['memory_bytes'])}, "
-             f"a disk of {disk:.1f} GB/s, Linux {device['kernel']};", f"edgert {device['edgert_version']} "
-             f"({device['edgert_commit']}), ggml {device['ggml_version']}, {rows[0]['test_time'][:10]}. Tokens per second, "
-             f"mean ± deviation of {rows[0]['repetitions']} runs:", "",
+             f"a disk of {disk:.1f} GB/s, Linux {device['kernel']};",
+             f"edgert {device['edgert_version']} ({device['edgert_commit']}), ggml {device['ggml_version']}, "
+             f"{rows[0]['test_time'][:10]}. Tokens per second, mean ± deviation of {rows[0]['repetitions']} runs:", "",
              "| model | memory | test | edgert | predicted | llama.cpp | ratio | first token | peak RSS |",
              "|---|---:|---|---:|---:|---:|---:|---:|---:|"]
     for row in (row for row in rows if row["engine"] == "edgert"):

@@ -57,7 +57,7 @@ def _measure(args: argparse.Namespace) -> int:
     from apps.bench.progress import Progress
     from apps.bench.sampler import Sampler
     from apps.bench.session import Session
-    from apps.cli.interrupts import Interrupts
+    from apps.cli.interrupts import Interrupts, exit_status
 
     asked, model, varies = prepare(args)
     form = format_named(_output(args), has_baseline=args.baseline is not None, sweeps=varies)
@@ -66,8 +66,6 @@ def _measure(args: argparse.Namespace) -> int:
         with interrupts.stopping(session.stop):
             rows = _rows(session, asked, model, form, progress)
     _keep(args, rows)
-    from apps.cli.interrupts import exit_status
-
     return 0 if interrupts.stopped_by is None else exit_status(interrupts.stopped_by)
 
 

@@ -64,7 +64,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_fairness(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to measure")
-    group.add_argument("--baseline", choices=("llama.cpp",), help="measure it in turn with edgert, and print the ratio")
+    group.add_argument("--baseline", choices=("llama.cpp",), metavar="llama.cpp",
+                       help="measure it in turn with edgert, and print the ratio")
     group.add_argument("--limit", action="store_true", help="hold each contender in a control group of --memory's size")
     group.add_argument("--cold", action="store_true", help="forget the model's pages in the page cache before opening")
     group.add_argument("--no-predict", action="store_true", help="leave predictions out, and the calibration that they "
@@ -76,8 +77,8 @@ def _add_fairness(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl", "sql", "table"),
-                       help="how to print the results (a terminal: table; else: md)")
+    group.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl", "sql", "table"), metavar="FORMAT",
+                       help="md, csv, json, jsonl, sql or table (on a terminal: table; else: md)")
     group.add_argument("--plot", type=Path, metavar="FILE", help="draw the results; a name that ends in .svg or .png")
     group.add_argument("--report", type=Path, metavar="DIR", help="write one page, report.html, and results.json there")
     group.add_argument("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"),

@@ -30,7 +30,7 @@ class ContenderCrashed(ComputeError):
     """A contender's process has ended by itself."""
 
     def __init__(self, who: str, how: str, next_step: str = "Give it more memory, or try another model file.") -> None:
-        super().__init__(f"{who}: its process {how}", next_step)
+        super().__init__(f"{who}'s process {how}", next_step)
 
 
 class ContenderProcess:

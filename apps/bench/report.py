@@ -107,7 +107,7 @@ def _setups(rows: Sequence[Row]) -> Iterator[str]:
         within = "Without a budget" if budget is None else f"Within {format_bytes(budget)}"
         yield f"<p><b>{escape(within)}</b>: " + escape("; ".join(
             f"{name.replace('_bytes', '').replace('_', ' ')} {_value(name, value)}"
-            for name, value in row["plan"].items())) + f"; page cache {escape(row['page_cache'])}.</p>"
+            for name, value in row["plan"].items())) + f"; page cache {escape(row['page_cache'] or 'unknown')}.</p>"
 
 
 def _device(row: Row) -> Iterator[str]:

@@ -23,6 +23,9 @@ _LLAMA_BENCH_CONSTANTS: Mapping[str, Any] = {
     "tensor_buft_overrides": "none", "use_mmap": True, "embeddings": False, "no_op_offload": False}
 
 
+_ALMOST = 0.05  # of a file: readahead and the header are no cache
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """The model and the build, under llama-bench's names, with the environment block."""
@@ -58,7 +61,6 @@ class Result:
     facts: Mapping[str, Any]  # how the contender runs, and its memory after these runs
     observed: Observed
     load_ns: int
-    cache_is_cold: bool
     cached_share: float | None  # of the model's file, before it was opened
     limit_bytes: int | None
     group_peak_bytes: int | None
@@ -106,7 +108,7 @@ def row(subject: Subject, result: Result) -> Row:
         "n_prompt": test.n_prompt, "n_gen": test.n_gen, "n_depth": test.n_depth, "test_time": result.test_time,
         **_statistics(result),
         "engine": result.engine, "test": test.name, "layout": setup.layout, "context_length": setup.context_length,
-        "seed": SEED, "repetitions": len(result.runs), "page_cache": "cold" if result.cache_is_cold else "warm",
+        "seed": SEED, "repetitions": len(result.runs), "page_cache": _page_cache(result.cached_share),
         "cached_share_before_load": _rounded(result.cached_share, 4), "load_ns": result.load_ns,
         "memory_budget_bytes": setup.memory_bytes, "limit_bytes": result.limit_bytes, "cluster": result.uses_cluster,
         **figures,
@@ -167,6 +169,13 @@ def _reasons(result: Result, figures: Row) -> dict[str, str]:
     if figures["avg_ttft_ns"] is None:
         why["avg_ttft_ns"] = result.first_tokens.why or "measured for prompts alone"
     return why
+
+
+def _page_cache(cached_share: float | None) -> str | None:
+    """What the page cache held of the model when it was opened."""
+    if cached_share is None:
+        return None
+    return "warm" if cached_share > 1 - _ALMOST else "cold" if cached_share < _ALMOST else "partly warm"
 
 
 def _sum(parts: Sequence[Counters]) -> Counters:

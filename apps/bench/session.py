@@ -21,12 +21,13 @@ from apps.bench.process import ContenderCrashed, ContenderProcess, Stopped
 from apps.bench.results import FirstTokens, Result
 from apps.bench.sampler import Sampler
 from apps.bench.speed import Run, SpeedTest, paired_ratio
-from edgert.errors import BudgetTooSmall
+from edgert.errors import BudgetTooSmall, EdgertError
+from edgert.memory.probe import MemoryProbe
 
 if TYPE_CHECKING:
     from edgert.engine.layouts import LayoutChoice
 
-_SURVEY_DEADLINE_S = 300.0
+_SURVEY_DEADLINE_S = 600.0
 _DISK_S = 1.0
 _MAX_FIRST_TOKENS = 3  # as many as repetitions, but a prompt is long
 _COOL_DEADLINE_S, _COOL_LOOK_S = 900.0, 0.5
@@ -122,8 +123,9 @@ class Session:
         self._watcher.doing("looking at the device")
         with ExitStack() as opened:
             process = self._start(OURS, opened, None)
-            return process.ask("survey", _SURVEY_DEADLINE_S, path=str(self._asked.path),
-                               setup=asdict(self._asked.setups[0]), seconds=_DISK_S, calibrates=self._asked.predicts)
+            by_threads = {setup.n_threads: asdict(setup) for setup in self._asked.setups}
+            return process.ask("survey", _SURVEY_DEADLINE_S, path=str(self._asked.path), seconds=_DISK_S,
+                               calibrated=[*by_threads.values()] if self._asked.predicts else [])
 
     def results(self) -> Iterator[list[Result]]:
         """The results of each test, one for each contender. Raises what opening and computing raise, Stopped; a budget
@@ -140,7 +142,12 @@ class Session:
 
     def _of_setup(self, setup: Setup) -> Iterator[list[Result]]:
         with ExitStack() as opened:
-            contenders = [self._open(peer, setup, opened) for peer in self._asked.peers]
+            contenders = [self._open(self._asked.peers[0], setup, opened)]
+            for peer in self._asked.peers[1:]:
+                try:
+                    contenders.append(self._open(peer, setup, opened))
+                except EdgertError as error:
+                    self._leave_out(peer, error)
             for test in self._asked.tests:
                 self._rest()
                 yield self._measure(setup, test, contenders)
@@ -165,8 +172,8 @@ class Session:
             group = opened.enter_context(memory_group(setup.memory_bytes))
         if asked.is_cold or asked.is_limited:
             page_cache.forget(asked.parts)
-        else:
-            page_cache.warm(asked.parts)
+        elif sum(path.stat().st_size for path in asked.parts) < MemoryProbe().available_bytes() // 2:
+            page_cache.warm(asked.parts)  # larger models would only push each other's pages out
         share = page_cache.cached_share(asked.parts)
         if (asked.is_cold or asked.is_limited) and (share or 0.0) > _COLD_SHARE:
             self._watcher.warn(f"{share:.0%} of the model stay in the page cache, where another program holds them: a "
@@ -185,7 +192,7 @@ class Session:
         for number in range(self._asked.repetitions):
             for one in contenders if number % 2 == 0 else contenders[::-1]:  # now the one first, now the other
                 self._watcher.doing(f"{test.name}: {one.peer.name} {number + 1} of {self._asked.repetitions}")
-                with self._timed(Work(_key(one.peer, setup), test.n_prompt, test.n_gen)):
+                with _Timing(Work(_key(one.peer, setup), test.n_prompt, test.n_gen), self._watcher):
                     one.runs.append(Run.from_dict(one.process.ask("run")))
         share = (time.process_time() - cpu_s) / max(1e-9, time.monotonic() - start_s)
         found = [self._result(one, setup, test, began, share) for one in contenders]
@@ -197,14 +204,18 @@ class Session:
         for one in [*contenders]:
             self._watcher.doing(f"{test.name}: {one.peer.name} warms up")
             try:
-                with self._timed(Work(_key(one.peer, setup), test.n_depth + test.n_prompt, test.n_gen)):
+                with _Timing(Work(_key(one.peer, setup), test.n_depth + test.n_prompt, test.n_gen), self._watcher):
                     one.predicted = one.process.ask("warm_up", test=asdict(test), token_ids=token_ids)
             except ContenderCrashed as crash:
                 if one is contenders[0]:
                     raise
-                self._watcher.warn(f"{crash.message}; it is left out")
+                self._leave_out(one.peer, crash)
                 contenders.remove(one)
             token_ids, one.runs = contenders[0].predicted["token_ids"], []
+
+    def _leave_out(self, peer: Peer, error: EdgertError) -> None:
+        """A baseline that cannot go on does not end the measurement of edgert."""
+        self._watcher.warn(f"{peer.name} is left out: {error.message}")
 
     def _result(self, one: _Opened, setup: Setup, test: SpeedTest, began: str, share: float) -> Result:
         observed = self._sampler.observed(test.n_prompt, test.n_gen, one.runs)
@@ -212,8 +223,8 @@ class Session:
         facts = one.process.ask("facts")
         return Result(
             one.peer.engine, one.peer.of(setup), test, began, tuple(one.runs), first_tokens, facts, observed,
-            one.load_ns, self._asked.is_cold or self._asked.is_limited, one.cached_share,
-            setup.memory_bytes if one.group else None, one.group.peak_bytes if one.group else None,
+            one.load_ns, one.cached_share, setup.memory_bytes if one.group else None,
+            one.group.peak_bytes if one.group else None,
             one.predicted["predicted_prompt_ns"], one.predicted["predicted_token_ns"], share,
             self._asked.cluster is not None)
 
@@ -223,16 +234,13 @@ class Session:
         samples, n_prompt = [], None
         for _ in range(min(_MAX_FIRST_TOKENS, self._asked.repetitions)):
             self._watcher.doing(f"{test.name}: time to the first token")
-            with self._timed(Work(_key(one.peer, setup), test.n_prompt, 0)):
+            with _Timing(Work(_key(one.peer, setup), test.n_prompt, 0), self._watcher):
                 told = one.process.ask("first_token", n_prompt=test.n_prompt)
             if "reason" in told:
                 return FirstTokens(None, (), told["reason"])
             samples.append(told["ns"])
             n_prompt = told["n_prompt"]
         return FirstTokens(n_prompt, tuple(samples))
-
-    def _timed(self, work: Work) -> _Timing:
-        return _Timing(work, self._watcher)
 
     def _works(self, setup: Setup, test: SpeedTest) -> Iterator[Work]:
         """All that a test takes."""

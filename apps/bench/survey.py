@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ from edgert.planning import Planning
 _N_DISK_PARTS = 3  # a disk's speed moves within a second; each part is a sample
 
 
-def survey(path: Path, setup: Setup, disk_s: float, *, calibrates: bool) -> dict[str, Any]:
-    """The environment block, with the disk of `path`, which is read for `disk_s`. With `calibrates`, the device is
-    calibrated for this model, unless it is (10 s at most). Raises what planning raises."""
-    if calibrates:
-        options = replace(setup.engine_options(), memory_bytes=None)
-        with Planning.open(path, Paths.of_user(), options) as planning:
+def survey(path: Path, disk_s: float, setups: Sequence[Setup]) -> dict[str, Any]:
+    """The environment block, with the disk of `path`, which is read for `disk_s`; and the device calibrated for this
+    model as these setups run it, unless it is (10 s at most for each). Raises what planning raises."""
+    for setup in setups:
+        with Planning.open(path, Paths.of_user(), replace(setup.engine_options(), memory_bytes=None)) as planning:
             planning.calibrate()
     return {**environment(), "disk": disk(path, disk_s)}
 

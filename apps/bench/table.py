@@ -50,7 +50,7 @@ def _heading(row: Row) -> Iterator[str]:
     how = f"{plan['weights']}, " if "weights" in plan else ""
     yield from _folded(f"{row['model_type']}, {format_bytes(row['model_size'])}; {within}{limit}; {how}"
                        f"{row['n_threads']} threads, batch {row['n_batch']}, layout {row['layout']}, "
-                       f"{row['page_cache']} page cache")
+                       f"page cache {row['page_cache'] or 'unknown'}")
 
 
 def _notes(row: Row) -> Iterator[str]:

@@ -44,10 +44,10 @@ class Worker:
         self._answers.write(json.dumps(answer).encode() + b"\n")
         self._answers.flush()
 
-    def do_survey(self, path: str, setup: Message, seconds: float, calibrates: bool) -> Message:
+    def do_survey(self, path: str, seconds: float, calibrated: list[Message]) -> Message:
         from apps.bench.survey import survey
 
-        return survey(Path(path), Setup(**setup), seconds, calibrates=calibrates)
+        return survey(Path(path), seconds, [Setup(**setup) for setup in calibrated])
 
     def do_open(self, engine: str, path: str, setup: Message, cluster: Message | None) -> Message:
         from edgert.ggml.library import load_libraries

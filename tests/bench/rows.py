@@ -50,7 +50,7 @@ def _result(test: SpeedTest, runs: tuple[Run, ...], engine: EngineName, memory_b
         FirstTokens(test.n_prompt + 1, (S, 3 * S)) if ours and test.n_prompt else FirstTokens(None, ()),
         {"plan": {"weights": "streamed" if memory_bytes else "resident", "window_bytes": 2**20} if ours else {},
          "peak_rss_bytes": 200 * 2**20, "pinned_bytes": 100 * 2**20 if ours else None},
-        UNSEEN, 3 * S, False, 1.0, None, None, 2.0 * S if ours and test.n_prompt else None,
+        UNSEEN, 3 * S, 1.0, None, None, 2.0 * S if ours and test.n_prompt else None,
         0.125 * S if ours and test.n_gen else None, 0.002)
     return replace(result, **more)
 

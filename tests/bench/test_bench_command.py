@@ -64,6 +64,21 @@ def test_a_sweep_with_a_baseline_is_reported_and_drawn(tiny_model: Callable[...,
     assert os.uname().nodename not in page
 
 
+def test_a_cluster_is_measured_as_it_answers(tiny_model: Callable[..., Path], tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.cluster_processes import cluster
+
+    model = str(tiny_model("qwen2", quantisation="F32", n_heads=8, n_kv_heads=4, head_dim=32, n_layers=4))
+    with cluster(tmp_path, 1) as made:
+        monkeypatch.setenv("EDGERT_HOME", str(made.leader_home))
+        assert main(["bench", model, "-p", "8", "-n", "3", "-o", "jsonl", "--cluster", "--devices", "all", *QUICK]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    jsonschema.validate(rows, SCHEMA)
+    assert [one["name"] for one in rows[0]["plan"]["cluster"]["devices"]][1:] == ["worker1"]
+    assert all(row["cluster"] and row["reasons"]["predicted_ts"].startswith("a cluster") for row in rows)
+
+
 def test_two_results_are_compared(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", model, "-p", "16", "-n", "0", "-o", "jsonl", *QUICK]) == 0
     path = tmp_path / "a.jsonl"

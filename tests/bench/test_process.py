@@ -56,7 +56,7 @@ def test_errors_keep_their_class_and_their_figures(process: ContenderProcess, ti
 
 def test_a_process_that_dies_is_named(process: ContenderProcess) -> None:
     os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(ContenderCrashed, match="edgert: its process was killed"):
+    with pytest.raises(ContenderCrashed, match="edgert's process was killed"):
         process.ask("facts")
 
 
@@ -137,6 +137,17 @@ def test_a_budget_that_is_too_small_ends_its_own_setup(tiny_model: Callable[...,
         [*Session(_asked(path, setups=setups[:1]), Quiet(), Sampler(Missing("none"))).results()]
 
 
+def test_a_baseline_that_dies_is_left_out(tiny_model: Callable[..., Path]) -> None:
+    watcher = Quiet()
+    session = Session(_asked(tiny_model("llama"), peers=(OURS, Peer("llama.cpp", "llama.cpp"))), watcher,
+                      Sampler(Missing("none")))
+    watcher.on_doing = lambda what: (os.kill(session._processes[-1].pid, signal.SIGKILL)
+                                     if "llama.cpp warms up" in what else None)
+    ((only,),) = session.results()
+    assert (only.engine, len(only.runs), only.ratio_to_baseline) == ("edgert", 3, None)
+    assert watcher.warnings == ["llama.cpp is left out: llama.cpp's process was killed (out of memory?)"]
+
+
 def test_a_session_stops_wherever_it_is(tiny_model: Callable[..., Path]) -> None:
     for moment in ("opening", "warms up", "1 of 3", "waiting"):
         watcher = Quiet()
@@ -169,4 +180,3 @@ def test_a_control_group_of_the_budgets_size_holds_each_contender(
     (found,) = Session(asked, Quiet(), Sampler(Missing("none"))).results()
     assert found[0].limit_bytes == 200 * 2**20
     assert 2**20 < (found[0].group_peak_bytes or 0) <= 200 * 2**20
-    assert found[0].cache_is_cold
