@@ -31,7 +31,7 @@ from apps.bench.power_sources import find_source
 from apps.bench.process import ContenderProcess
 from apps.bench.sampler import Sampler
 from apps.bench.session import OURS, Peer
-from apps.bench.speed import Run, SpeedTest, rate
+from apps.bench.speed import Run, SpeedTest, rate, steady_rate
 from edgert.cpu import usable_cores
 
 _TESTS = (SpeedTest(512, 0, 0), SpeedTest(0, 128, 0))
@@ -132,7 +132,7 @@ def measure_directly(path: Path) -> dict[str, float]:
                 llama.eval([token_id])
                 times.append(time.perf_counter())
             if times:
-                found[test.name] = (len(times) - 1) / (times[-1] - times[0])
+                found[test.name] = steady_rate(times)
     return found
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.bench.control_group import drop_page_cache, is_possible, run_limited
+from apps.bench.speed import percentile, steady_rate
 
 _TIMEOUT_S = 900.0
 _RAW_S = 0.35  # of each number of threads; about 1 GB
@@ -68,8 +69,9 @@ def child(args: argparse.Namespace) -> Row:
                      "bytes_per_token": (after - after_prompt) / max(1, len(times) - 1),
                      **_experts_in_decode(experts, runtime.plan(), max(1, len(times) - 1))}
     gaps = [b - a for a, b in pairwise(times)] or [float("nan")]
-    return {"load_s": loaded - start, "ttft_s": times[0] - loaded, "tok_s": len(gaps) / sum(gaps),
-            "p99_over_median": sorted(gaps)[int(len(gaps) * 0.99)] / statistics.median(gaps), **facts}
+    return {"load_s": loaded - start, "ttft_s": times[0] - loaded,
+            "tok_s": steady_rate(times) if len(times) > 1 else float("nan"),
+            "p99_over_median": percentile(gaps, 99) / statistics.median(gaps), **facts}
 
 
 def _experts_in_decode(before: Row, after: Row, n_tokens: int) -> Row:

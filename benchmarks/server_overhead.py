@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from apps.bench.speed import steady_rate
 from edgert import Runtime, SamplingParams
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Write a long story about a lighthouse keeper and the sea."}]
@@ -48,7 +49,7 @@ def measure_runtime(model: Path, n_tokens: int, n_runs: int) -> dict[str, Any]:
                 MESSAGES, max_tokens=n_tokens, sampling=SamplingParams(temperature=0))]
             if run:
                 firsts.append(times[0] - began)
-                rates.append((len(times) - 1) / (times[-1] - times[0]))
+                rates.append(steady_rate(times))
         return {"tok_s": statistics.median(rates), "first_s": statistics.median(firsts),
                 "rss": psutil.Process().memory_info().rss}
 
@@ -66,7 +67,7 @@ def measure_server(model: Path, n_tokens: int, n_runs: int) -> dict[str, Any]:
             times = ask(port, {"messages": MESSAGES, "max_tokens": n_tokens, "temperature": 0, "stream": True})
             if run:
                 firsts.append(times[0] - began)
-                rates.append((len(times) - 1) / (times[-1] - times[0]))
+                rates.append(steady_rate(times))
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
         return {"tok_s": statistics.median(rates), "first_s": statistics.median(firsts),
                 "rss": sum(one.memory_info().rss for one in tree), "server_rss": tree[0].memory_info().rss}

@@ -154,10 +154,10 @@ def _check_limit(args: argparse.Namespace) -> None:
 
 
 def _check_temperature(args: argparse.Namespace) -> None:
-    from apps.bench.thermal import temperature_c
+    from apps.bench.thermal import temperature_sensors, warmest_c
     from edgert.errors import UsageError
 
-    if args.cooldown_to is not None and temperature_c() is None:
+    if args.cooldown_to is not None and warmest_c(temperature_sensors()) is None:
         raise UsageError("--cooldown-to: this system shows no temperature", "Wait a fixed time with --delay instead.")
 
 

@@ -15,7 +15,7 @@ from apps.bench.energy import Sample, energy_j
 from apps.bench.power_sources import Missing, PowerSource, find_source
 from apps.bench.speed import Run
 
-INTERVAL_S = 0.1  # 10 Hz: a look costs some 50 us for each core, a thousandth of one core's time
+INTERVAL_S = 0.1
 _MAX_SAMPLES = 600_000  # 17 hours
 _JOIN_DEADLINE_S = 15.0
 
@@ -41,6 +41,7 @@ class Sampler:
     def __init__(self, source: PowerSource | Missing | None = None, root: Path = Path("/")) -> None:
         self.source = find_source(root) if source is None else source
         self._root, self._stopping = root, threading.Event()
+        self._temperature_sensors, self._clock_sensors = thermal.temperature_sensors(root), thermal.clocks(root)
         self._power, self._clocks, self._temperatures = (deque[Sample](maxlen=_MAX_SAMPLES) for _ in range(3))
         self._throttles = thermal.throttle_count(root)
         self._looking = threading.Lock()
@@ -61,8 +62,8 @@ class Sampler:
         """Take a sample now."""
         with self._looking:
             now_ns = time.monotonic_ns()
-            for samples, value in ((self._clocks, thermal.clock_mhz(self._root)),
-                                   (self._temperatures, thermal.temperature_c(self._root)),
+            for samples, value in ((self._clocks, thermal.fastest_mhz(self._clock_sensors)),
+                                   (self._temperatures, thermal.warmest_c(self._temperature_sensors)),
                                    (self._power, self._read_power())):
                 if value is not None:
                     samples.append(Sample(now_ns, value))

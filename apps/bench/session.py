@@ -5,6 +5,7 @@ Knows the order in which things are measured. Contenders are processes (process.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from edgert.memory.probe import MemoryProbe
 if TYPE_CHECKING:
     from edgert.engine.layouts import LayoutChoice
 
+_log = logging.getLogger(__name__)
 _SURVEY_DEADLINE_S = 600.0
 _DISK_S = 1.0
 _MAX_FIRST_TOKENS = 3  # as many as repetitions, but a prompt is long
@@ -185,6 +187,7 @@ class Session:
         return _Opened(peer, process, group, time.monotonic_ns() - start_ns, share)
 
     def _measure(self, setup: Setup, test: SpeedTest, contenders: list[_Opened]) -> list[Result]:
+        _log.info("measuring", extra={"fields": {"test": test.name}})
         began = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         self._warm_up(setup, test, contenders)
         self._sampler.forget()
@@ -260,8 +263,8 @@ class Session:
             self._wait(asked.delay_s)
         if asked.cool_to_c is None:
             return
-        deadline = time.monotonic() + _COOL_DEADLINE_S
-        while (now_c := thermal.temperature_c()) is not None and now_c > asked.cool_to_c:
+        deadline, sensors = time.monotonic() + _COOL_DEADLINE_S, thermal.temperature_sensors()
+        while (now_c := thermal.warmest_c(sensors)) is not None and now_c > asked.cool_to_c:
             if time.monotonic() > deadline:
                 self._watcher.warn(f"still at {now_c:.0f} °C after {_COOL_DEADLINE_S / 60:.0f} minutes; going on")
                 return

@@ -92,12 +92,18 @@ def prompt_rate(test: SpeedTest, run: Run) -> float | None:
     return test.n_prompt * _NS / max(1, run.prompt_end_ns - run.start_ns) if test.n_prompt else None
 
 
+def steady_rate(times: Sequence[float], tick: float = 1e-9) -> float:
+    """Tokens per unit of `times`, each the moment of a token: (n-1) / (t_last - t_first). At least two of them; `tick`
+    is the least time that the clock can tell."""
+    return (len(times) - 1) / max(times[-1] - times[0], tick)
+
+
 def answer_rate(run: Run) -> float | None:
     """Tokens/s of the answer: (n-1) / (t_last - t_first), or of its only token; None where there is none."""
     n_tokens = len(run.token_ns)
     if n_tokens < 2:
         return _NS / max(1, run.token_ns[0] - run.prompt_end_ns) if n_tokens else None
-    return (n_tokens - 1) * _NS / max(1, run.token_ns[-1] - run.token_ns[0])
+    return steady_rate(run.token_ns, 1) * _NS
 
 
 def rate(test: SpeedTest, run: Run) -> float:

@@ -48,8 +48,9 @@ def _heading(row: Row) -> Iterator[str]:
     within = "no budget" if budget is None else f"budget {format_bytes(budget)}"
     plan, limit = row["plan"], " in a control group of that size" if row["limit_bytes"] else ""
     how = f"{plan['weights']}, " if "weights" in plan else ""
+    threads = f"{row['n_threads']} thread{'s' * (row['n_threads'] > 1)}"
     yield from _folded(f"{row['model_type']}, {format_bytes(row['model_size'])}; {within}{limit}; {how}"
-                       f"{row['n_threads']} threads, batch {row['n_batch']}, layout {row['layout']}, "
+                       f"{threads}, batch {row['n_batch']}, layout {row['layout']}, "
                        f"page cache {row['page_cache'] or 'unknown'}")
 
 

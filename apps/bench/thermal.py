@@ -14,23 +14,29 @@ _CPU = "sys/devices/system/cpu"
 # Below this share of the highest clock seen before, and in two samples: one is the governor's breath.
 _DROPPED_BELOW, _N_LOW, _N_RAMP = 0.9, 2, 3
 _TOOL_DEADLINE_S = 5.0
+_PROCESSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")  # drivers in hwmon
 
 
-def temperature_c(root: Path = Path("/")) -> float | None:
-    """The warmest sensor of the system on a chip, of thermal zones or else of hwmon's processor sensors."""
-    zones = [_number(zone) for zone in root.glob("sys/class/thermal/thermal_zone*/temp")]
-    if not any(zone is not None for zone in zones):
-        zones = [_number(sensor) for name in root.glob("sys/class/hwmon/hwmon*/name")
-                 if _text(name) in ("coretemp", "k10temp", "zenpower", "cpu_thermal")
-                 for sensor in name.parent.glob("temp*_input")]
-    # A sensor that is switched off tells 0, or -256 on a Jetson.
-    return max((zone / 1000 for zone in zones if zone is not None and zone > 0), default=None)
+def temperature_sensors(root: Path = Path("/")) -> list[Path]:
+    """Files that tell millidegrees: thermal zones, or else hwmon's sensors of processors."""
+    zones = [zone for zone in sorted(root.glob("sys/class/thermal/thermal_zone*/temp")) if _number(zone) is not None]
+    return zones or [sensor for name in sorted(root.glob("sys/class/hwmon/hwmon*/name"))
+                     if _text(name) in _PROCESSORS for sensor in sorted(name.parent.glob("temp*_input"))]
 
 
-def clock_mhz(root: Path = Path("/")) -> float | None:
-    """The fastest core's clock, as its governor sets it."""
-    clocks = [_number(path) for path in root.glob(f"{_CPU}/cpu[0-9]*/cpufreq/scaling_cur_freq")]
-    return max((clock / 1000 for clock in clocks if clock), default=None)
+def clocks(root: Path = Path("/")) -> list[Path]:
+    """Files that tell each core's clock in kHz, as its governor sets it."""
+    return sorted(root.glob(f"{_CPU}/cpu[0-9]*/cpufreq/scaling_cur_freq"))
+
+
+def warmest_c(sensors: Sequence[Path]) -> float | None:
+    """The highest temperature; None without any. A sensor that is switched off tells 0, or -256 on a Jetson."""
+    return max((value / 1000 for value in map(_number, sensors) if value is not None and value > 0), default=None)
+
+
+def fastest_mhz(sensors: Sequence[Path]) -> float | None:
+    """The highest clock; None without any."""
+    return max((value / 1000 for value in map(_number, sensors) if value), default=None)
 
 
 def throttle_count(root: Path = Path("/")) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from command_line import Terminal
 from test_formats import SCHEMA
 
 from apps.cli.main import main
@@ -126,7 +127,7 @@ def test_a_limit_that_cannot_be_had_says_what_to_do(model: str, monkeypatch: pyt
 
 def test_a_system_without_a_thermometer_cannot_be_waited_for(model: str, monkeypatch: pytest.MonkeyPatch,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("apps.bench.thermal.temperature_c", lambda: None)
+    monkeypatch.setattr("apps.bench.thermal.warmest_c", lambda sensors: None)
     assert main(["bench", model, "--cooldown-to", "50C"]) == 2
     assert "--delay" in capsys.readouterr().err
 
@@ -150,9 +151,7 @@ def test_ctrl_c_prints_what_is_done(tiny_model: Callable[..., Path]) -> None:
 
 
 def test_a_terminal_shows_a_table_and_the_time_that_is_left(model: str) -> None:
-    from command_line import Terminal
-
     with Terminal(["bench", model, "-p", "16", "-n", "4", *QUICK]) as terminal:
         assert terminal.wait() == 0
     shown: Any = terminal.screen
-    assert "no budget; resident, 1 threads" in shown and "pp16" in shown and "tg4" in shown
+    assert "no budget; resident, 1 thread," in shown and "pp16" in shown and "tg4" in shown

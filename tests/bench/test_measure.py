@@ -105,18 +105,6 @@ def test_a_contender_computes_what_it_is_given(contender: Any, tiny_model: Calla
         one.close()
 
 
-def test_what_streams_is_counted_token_by_token(tiny_model: Callable[..., Path]) -> None:
-    one = Edgert(tiny_model("olmoe", n_layers=4), Setup(150 * 2**20, 1, 64, "plain", "f16", 256))
-    try:
-        test = SpeedTest(0, 6, 0)
-        run = run_once(one, test, warm_up(one, test, None))
-        assert run.answer.read_bytes >= 0 and run.answer.wait_ns >= 0
-        assert one.facts()["plan"]["weights"] in ("streamed", "resident")
-        assert one.predict_ns(1, 0) is None  # nobody has calibrated this home
-    finally:
-        one.close()
-
-
 def test_the_first_token_of_a_text_counts_its_own_tokens(real_model: Callable[[str], Path]) -> None:
     one = Edgert(real_model("smollm2-135m"), Setup(None, 1, 64, "plain", "f16", 256))
     try:

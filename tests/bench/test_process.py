@@ -17,7 +17,7 @@ from apps.bench.power_sources import Missing
 from apps.bench.process import ContenderCrashed, ContenderProcess, Stopped
 from apps.bench.sampler import Sampler
 from apps.bench.session import OURS, Asked, Peer, Session, Work
-from apps.bench.speed import Run, SpeedTest
+from apps.bench.speed import Counters, Run, SpeedTest
 from edgert.errors import BudgetTooSmall, EdgertError, ModelNotFound
 
 SETUP = Setup(None, 1, 64, "plain", "f16", 256)
@@ -40,6 +40,24 @@ def test_a_process_measures_and_tells_its_own_memory(process: ContenderProcess,
     assert len(run.token_ns) == 4 and run.start_ns < run.prompt_end_ns < run.token_ns[0]
     assert abs(run.end_ns - time.monotonic_ns()) < DEADLINE_S * 1e9  # one clock for all processes
     assert "ns" in process.ask("first_token", n_prompt=16)
+
+
+def test_what_streams_is_counted_token_by_token(process: ContenderProcess, tiny_model: Callable[..., Path]) -> None:
+    model = str(tiny_model("llama", n_layers=24, hidden_size=256))
+
+    def open_within(n_bytes: int) -> Any:
+        return process.ask("open", engine="edgert", path=model, setup=asdict(SETUP) | {"memory_bytes": n_bytes},
+                           cluster=None)
+
+    with pytest.raises(BudgetTooSmall) as refusal:
+        open_within(1)
+    opened = open_within(refusal.value.smallest_bytes + 2**20)
+    assert opened["plan"]["weights"] == "streamed"
+    process.ask("warm_up", test=asdict(SpeedTest(0, 6, 0)), token_ids=None)
+    run = Run.from_dict(process.ask("run"))
+    per_pass = opened["plan"]["streamed_bytes_per_pass"]
+    assert 5 * per_pass <= run.answer.read_bytes <= 7 * per_pass  # the window reads ahead into the next pass
+    assert run.answer.wait_ns > 0 and run.prompt == Counters()
 
 
 def test_errors_keep_their_class_and_their_figures(process: ContenderProcess, tiny_model: Callable[..., Path],
@@ -161,13 +179,14 @@ def test_a_session_stops_wherever_it_is(tiny_model: Callable[..., Path]) -> None
 
 def test_a_device_is_waited_for_until_it_is_cool(tiny_model: Callable[..., Path],
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([71.0, 63.0, 52.0, 49.5])
-    monkeypatch.setattr("apps.bench.session.thermal.temperature_c", lambda: next(readings))
+    readings = iter([71.0, 63.0, 52.0, *[49.5] * 10_000])  # the sampler looks too
+    monkeypatch.setattr("apps.bench.session.thermal.warmest_c", lambda sensors: next(readings))
     monkeypatch.setattr("apps.bench.session._COOL_LOOK_S", 0.001)
     watcher = Quiet()
     [*Session(_asked(tiny_model("llama"), cool_to_c=50.0), watcher, Sampler(Missing("none"))).results()]
-    assert [what for what in watcher.doings if "cooling" in what] == [
-        f"cooling down: {now} °C, until 50 °C" for now in (71, 63, 52)]
+    cooling = [what for what in watcher.doings if "cooling" in what]
+    assert cooling == [f"cooling down: {now} °C, until 50 °C" for now in (71, 63, 52)]
+    assert "warms up" in watcher.doings[watcher.doings.index(cooling[-1]) + 1]
 
 
 def test_a_control_group_of_the_budgets_size_holds_each_contender(

@@ -15,19 +15,20 @@ from apps.bench.thermal import clock_dropped
 
 def test_a_jetson_tells_its_warmest_part_and_its_fastest_core(tmp_path: Path) -> None:
     write_tree(tmp_path, ORIN_NANO)
-    assert thermal.temperature_c(tmp_path) == 49.75  # a sensor that is off tells -256
-    assert thermal.clock_mhz(tmp_path) == 1510.4
+    assert thermal.warmest_c(thermal.temperature_sensors(tmp_path)) == 49.75  # a sensor that is off tells -256
+    assert thermal.fastest_mhz(thermal.clocks(tmp_path)) == 1510.4
     assert (thermal.governor(tmp_path), thermal.throttle_count(tmp_path)) == ("schedutil", None)
 
 
 def test_a_laptop_tells_its_processor_and_not_its_disk(tmp_path: Path) -> None:
     write_tree(tmp_path, INTEL)
-    assert thermal.temperature_c(tmp_path) == 57.0
-    assert (thermal.throttle_count(tmp_path), thermal.clock_mhz(tmp_path)) == (12, None)
+    assert thermal.warmest_c(thermal.temperature_sensors(tmp_path)) == 57.0
+    assert (thermal.throttle_count(tmp_path), thermal.fastest_mhz(thermal.clocks(tmp_path))) == (12, None)
 
 
 def test_what_a_system_does_not_tell_is_none(tmp_path: Path) -> None:
-    assert thermal.temperature_c(tmp_path) is None and thermal.clock_mhz(tmp_path) is None
+    assert thermal.warmest_c(thermal.temperature_sensors(tmp_path)) is None
+    assert thermal.fastest_mhz(thermal.clocks(tmp_path)) is None
     assert thermal.governor(tmp_path) is None and thermal.power_mode("no-such-tool") is None
 
 
