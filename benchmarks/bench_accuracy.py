@@ -25,12 +25,12 @@ from typing import Any
 
 from vs_llamacpp import session
 
+from apps.bench.asked import OURS, Peer
 from apps.bench.contenders import Setup
 from apps.bench.measure import synthetic_tokens
 from apps.bench.power_sources import find_source
 from apps.bench.process import ContenderProcess
 from apps.bench.sampler import Sampler
-from apps.bench.session import OURS, Peer
 from apps.bench.speed import Run, SpeedTest, rate, steady_rate
 from edgert.cpu import usable_cores
 

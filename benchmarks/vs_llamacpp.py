@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from apps.bench.asked import OURS, Asked, Peer, Work
 from apps.bench.contenders import Setup
 from apps.bench.power_sources import Missing
 from apps.bench.sampler import Sampler
-from apps.bench.session import OURS, Asked, Peer, Session, Work
+from apps.bench.session import Session
 from apps.bench.speed import SpeedTest
 from edgert.cpu import usable_cores
 

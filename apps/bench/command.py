@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from apps.bench.options import add_options
 
 if TYPE_CHECKING:
+    from apps.bench.asked import Asked
     from apps.bench.formats import Format, FormatName
     from apps.bench.progress import Progress
     from apps.bench.results import Row, Subject
-    from apps.bench.session import Asked, Session
+    from apps.bench.session import Session
     from edgert.gguf.model_file import ModelFile
 
 _log = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ def _rows(session: Session, asked: Asked, model: ModelFile, form: Format, progre
 
 def prepare(args: argparse.Namespace) -> tuple[Asked, ModelFile, tuple[str, ...]]:
     """What to measure, the model's header, and which columns vary. Raises whatever would end it later."""
+    from apps.bench.asked import OURS, Asked, Peer
     from apps.bench.options import sweep_of, tests_of
-    from apps.bench.session import OURS, Asked, Peer
     from edgert.gguf.model_file import ModelFile
     from edgert.models.catalog import Catalog
     from edgert.paths import Paths

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self, TextIO
 
-from apps.bench.session import Work
+from apps.bench.asked import Work
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

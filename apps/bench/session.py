@@ -8,15 +8,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from apps.bench import page_cache, thermal
-from apps.bench.contenders import EngineName, Setup
+from apps.bench.asked import OURS, Asked, Peer, Watcher, Work
+from apps.bench.contenders import Setup
 from apps.bench.control_group import MemoryGroup, memory_group
 from apps.bench.process import ContenderCrashed, ContenderProcess, Stopped
 from apps.bench.results import FirstTokens, Result
@@ -25,72 +25,12 @@ from apps.bench.speed import Run, SpeedTest, paired_ratio
 from edgert.errors import BudgetTooSmall, EdgertError
 from edgert.memory.probe import MemoryProbe
 
-if TYPE_CHECKING:
-    from edgert.engine.layouts import LayoutChoice
-
 _log = logging.getLogger(__name__)
 _SURVEY_DEADLINE_S = 600.0
 _DISK_S = 1.0
 _MAX_FIRST_TOKENS = 3  # as many as repetitions, but a prompt is long
 _COOL_DEADLINE_S, _COOL_LOOK_S = 900.0, 0.5
 _COLD_SHARE = 0.05  # of a file that may be left in the page cache when it was to be forgotten
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """A contender to be opened: `name` in rows and messages, and the layout, where it is not the setup's."""
-
-    name: str
-    engine: EngineName
-    layout: LayoutChoice | None = None
-
-    def of(self, setup: Setup) -> Setup:
-        """The setup with this contender's layout."""
-        return replace(setup, layout=self.layout or setup.layout)
-
-
-OURS = Peer("edgert", "edgert")
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What is to be measured, and how."""
-
-    path: Path
-    parts: tuple[Path, ...]
-    setups: tuple[Setup, ...]
-    tests: tuple[SpeedTest, ...]
-    repetitions: int
-    peers: tuple[Peer, ...] = (OURS,)
-    is_limited: bool = False
-    is_cold: bool = False
-    delay_s: float = 0.0
-    cool_to_c: float | None = None
-    cluster: Mapping[str, Any] | None = None
-    predicts: bool = True
-    verbosity: int = 0
-    log_json: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A piece of work whose time can be guessed: tokens at once, and tokens one by one."""
-
-    key: str
-    n_prompt: int
-    n_gen: int
-
-
-class Watcher(Protocol):
-    """Who shows how far it is."""
-
-    def planned(self, works: Sequence[Work]) -> None: ...
-
-    def doing(self, what: str) -> None: ...
-
-    def done(self, work: Work, seconds: float) -> None: ...
-
-    def warn(self, message: str) -> None: ...
 
 
 @dataclass(slots=True)

@@ -12,11 +12,12 @@ from typing import Any
 import psutil
 import pytest
 
+from apps.bench.asked import OURS, Asked, Peer, Work
 from apps.bench.contenders import Setup
 from apps.bench.power_sources import Missing
 from apps.bench.process import ContenderCrashed, ContenderProcess, Stopped
 from apps.bench.sampler import Sampler
-from apps.bench.session import OURS, Asked, Peer, Session, Work
+from apps.bench.session import Session
 from apps.bench.speed import Counters, Run, SpeedTest
 from edgert.errors import BudgetTooSmall, EdgertError, ModelNotFound
 

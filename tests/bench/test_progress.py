@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import io
 
+from apps.bench.asked import Work
 from apps.bench.progress import Progress, TimeLeft, shown
-from apps.bench.session import Work
 
 
 def test_the_time_left_is_that_of_its_like() -> None:
