@@ -24,7 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from control_group import drop_page_cache, is_possible, run_limited
+from apps.bench.control_group import drop_page_cache, is_possible, run_limited
+from apps.bench.speed import percentile, steady_rate
 
 _TIMEOUT_S = 900.0
 _RAW_S = 0.35  # of each number of threads; about 1 GB
@@ -38,7 +39,7 @@ def child(args: argparse.Namespace) -> Row:
     prompt = [(i * 7) % 5000 + 100 for i in range(args.prompt)]
     start = time.perf_counter()
     if args.child == "llama.cpp":
-        from llamacpp import LlamaCpp
+        from apps.bench.llamacpp import LlamaCpp
 
         peer = LlamaCpp(Path(args.model), context_length=args.context)
         loaded, times, ids = time.perf_counter(), list[float](), list[int]()
@@ -68,8 +69,9 @@ def child(args: argparse.Namespace) -> Row:
                      "bytes_per_token": (after - after_prompt) / max(1, len(times) - 1),
                      **_experts_in_decode(experts, runtime.plan(), max(1, len(times) - 1))}
     gaps = [b - a for a, b in pairwise(times)] or [float("nan")]
-    return {"load_s": loaded - start, "ttft_s": times[0] - loaded, "tok_s": len(gaps) / sum(gaps),
-            "p99_over_median": sorted(gaps)[int(len(gaps) * 0.99)] / statistics.median(gaps), **facts}
+    return {"load_s": loaded - start, "ttft_s": times[0] - loaded,
+            "tok_s": steady_rate(times) if len(times) > 1 else float("nan"),
+            "p99_over_median": percentile(gaps, 99) / statistics.median(gaps), **facts}
 
 
 def _experts_in_decode(before: Row, after: Row, n_tokens: int) -> Row:

@@ -24,7 +24,7 @@ _CONTEXT, _N_TOKENS, _PROMPT = 2048, 32, "Why is the sky blue?"
 
 def peer(path: Path) -> dict[str, Any]:
     """llama.cpp in this process: its peak RSS after a prompt and some tokens."""
-    from llamacpp import LlamaCpp
+    from apps.bench.llamacpp import LlamaCpp
 
     runner = LlamaCpp(path, context_length=_CONTEXT)
     runner.step(list(range(100, 140)))

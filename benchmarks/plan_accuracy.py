@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from control_group import drop_page_cache, is_possible, run_limited, slow_disk
+from apps.bench.control_group import drop_page_cache, is_possible, run_limited, slow_disk
+from apps.bench.speed import steady_rate
 
 _TIMEOUT_S = 1200.0
 _REFUSED = 5  # edgert's exit status for a budget that is too small
@@ -108,7 +109,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         predicted = memory_bytes(demand.shape, demand.overheads, replace(plan.sizes, pinned_bytes=used), n_tokens)
         sizes = {key: value for key, value in asdict(plan.sizes).items() if key != "repacked"}
         return {"weights": plan.sizes.weights, "sizes": sizes,
-                "tok_s": args.tokens / (times[-1] - times[0]), "predicted_tok_s": 1 / token.total_s,
+                "tok_s": steady_rate(times), "predicted_tok_s": 1 / token.total_s,
                 "prefill_s": times[0] - start, "predicted_prefill_s": prompt.total_s, "limit": token.limit,
                 "predicted_peak_bytes": min(predicted, plan.budget_bytes), "peak_rss_bytes": peak_rss_bytes(),
                 "least_window_bytes": least_window(demand.shape), "comfortable_bytes": comfortable_bytes(demand.shape),

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from apps.bench.speed import steady_rate
 from edgert import Runtime, SamplingParams
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Write a long story about a lighthouse keeper and the sea."}]
@@ -50,7 +51,7 @@ def measure_runtime(model: Path, n_tokens: int, n_runs: int) -> dict[str, Any]:
                 MESSAGES, max_tokens=n_tokens, sampling=SamplingParams(temperature=0))]
             if run:
                 firsts.append(times[0] - began)
-                rates.append((len(times) - 1) / (times[-1] - times[0]))
+                rates.append(steady_rate(times))
         return {"tok_s": statistics.median(rates), "first_s": statistics.median(firsts),
                 "rss": psutil.Process().memory_info().rss}
 

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from control_group import is_possible, slow_disk
 
+from apps.bench.control_group import is_possible, slow_disk
+from apps.bench.speed import percentile
 from edgert import Runtime, SamplingParams
 
 _PROMPT = [(i * 7) % 5000 + 100 for i in range(64)]
@@ -46,7 +47,7 @@ def gaps_of(args: argparse.Namespace, n_tokens: int) -> tuple[list[float], int]:
 
 def tokens(args: argparse.Namespace) -> dict[str, Any]:
     gaps, _ = gaps_of(args, args.tokens)
-    median, p99 = statistics.median(gaps), sorted(gaps)[int(len(gaps) * 0.99)]
+    median, p99 = statistics.median(gaps), percentile(gaps, 99)
     return {"n_tokens": len(gaps), "median_ms": median * 1000, "p99_ms": p99 * 1000, "p99_over_median": p99 / median,
             "worst_ms": max(gaps) * 1000}
 

@@ -6,7 +6,8 @@ Each error carries its figures as fields, so that a program can act on them with
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 def _mib(n_bytes: int) -> str:
@@ -219,3 +220,22 @@ class Interrupted(EdgertError):
     """The user pressed Ctrl-C before there was anything to keep."""
 
     exit_code = 130
+
+
+def to_fields(error: EdgertError) -> dict[str, Any]:
+    """The error as plain values that can pass to another process."""
+    fields = {name: value for name, value in vars(error).items()
+              if name not in ("message", "next_step") and isinstance(value, str | int | float | None)}
+    return {"kind": type(error).__name__, "message": error.message, "next_step": error.next_step, "fields": fields}
+
+
+def from_fields(told: Mapping[str, Any]) -> EdgertError:
+    """The error that another process raised, of its own class and with its figures."""
+    kind = globals().get(str(told["kind"]), EdgertError)
+    if not (isinstance(kind, type) and issubclass(kind, EdgertError)):
+        kind = EdgertError
+    error = kind.__new__(kind)
+    EdgertError.__init__(error, str(told["message"]), str(told["next_step"]))
+    for name, value in told["fields"].items():
+        setattr(error, name, value)
+    return error

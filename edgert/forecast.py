@@ -27,8 +27,8 @@ class Forecast:
         """Write into `timings` what is expected of the answer that begins."""
         if self.planning.is_calibrated:
             n_prompt, n_cached = timings.prompt_n, timings.cache_n
-            timings.forecast_per_second = round(1 / self._predict(1, n_cached + n_prompt).total_s, 3)
-            timings.forecast_time_to_first_token_ms = round(self._predict(n_prompt, n_cached).total_s * 1000, 3)
+            timings.forecast_per_second = round(1 / self.predict(1, n_cached + n_prompt).total_s, 3)
+            timings.forecast_time_to_first_token_ms = round(self.predict(n_prompt, n_cached).total_s * 1000, 3)
 
     def learn(self, answer: Generation) -> None:
         """Correct the profile by passes of one token, unless other programs had a part in them."""
@@ -36,9 +36,10 @@ class Forecast:
         if not self.learns or not self.planning.is_calibrated or answer.decoded_n < _LEARN_FROM_TOKENS or is_disturbed:
             return
         n_said = len(answer.prompt_token_ids) + len(answer.token_ids) // 2
-        expected = self._predict(1, min(n_said, self.plan.context_length - 1))
+        expected = self.predict(1, min(n_said, self.plan.context_length - 1))
         self.planning.learn("disk" if expected.limit == "disk" else "compute",
                             answer.decode_s / answer.decoded_n / expected.total_s)
 
-    def _predict(self, n_tokens: int, n_cached: int) -> Prediction:
+    def predict(self, n_tokens: int, n_cached: int) -> Prediction:
+        """What a pass of `n_tokens` over a cache of `n_cached` should take."""
         return predict_pass(self.planning.demand, self.planning.profile, self.plan, n_tokens, n_cached)

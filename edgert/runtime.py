@@ -61,7 +61,7 @@ class Runtime:
                  trace: Trace, *, speculates: bool = False, forecast: Forecast | None = None,
                  session: Session | None = None) -> None:
         self.model, self.engine, self.tokenizer, self._trace = model, engine, tokenizer, trace
-        self._budget_bytes, self._forecast = budget_bytes, forecast
+        self._budget_bytes, self.forecast = budget_bytes, forecast
         self._template: ChatTemplate | None = None
         self.session = session
         # What the KV cache holds.
@@ -176,15 +176,15 @@ class Runtime:
             is_end=tokenizer.is_end_of_generation if tokenizer else lambda _: False,
             on_tokens=self._kv_token_ids.extend, constraint=constraint, speculation=self._speculation(prompt_ids),
             n_logprobs=logprobs)
-        if self._forecast is not None:
-            self._forecast.promise(self._running.timings)
+        if self.forecast is not None:
+            self.forecast.promise(self._running.timings)
         return self._running
 
     def _learn(self) -> None:
         """Once an answer has ended, take from it what it tells of the device."""
         answer, self._running = self._running, None
-        if answer is not None and self._forecast is not None:
-            self._forecast.learn(answer)
+        if answer is not None and self.forecast is not None:
+            self.forecast.learn(answer)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
         """Answer a conversation through the file's chat template. Options as for `generate`; raises TemplateError."""

@@ -98,7 +98,7 @@ with Runtime.load(model, memory=budget, context=1024, threads=1, learn=False) as
             len(tokens) < 100 or greedy and (left is None or given[-1])):
         tokens.append(int(logits[-1].argmax()))
         logits = engine.step(np.array(tokens[-1:], np.int32))
-        given.append(runtime._forecast.governor.given_bytes)
+        given.append(runtime.forecast.governor.given_bytes)
         if greedy and n_steps < 30 and time.monotonic() - last > 0.2:
             neighbour.stdin.write(f"{budget // 100}\\n"); neighbour.stdin.flush(); neighbour.stdout.readline()
             n_steps, last = n_steps + 1, time.monotonic()
@@ -110,7 +110,7 @@ print(json.dumps({"tokens": tokens[:100], "given": given, "n_steps": n_steps}))
 
 def test_a_neighbour_that_grows_in_the_same_control_group_kills_nobody(
         real_model: Callable[[str], Path], require: Callable[[object, str], None]) -> None:
-    from benchmarks.control_group import is_possible, run_limited
+    from apps.bench.control_group import is_possible, run_limited
 
     require(is_possible(), "only root makes control groups, where they can be written")
     path = real_model("gemma3-270m")

@@ -1,145 +1,203 @@
-"""`edgert bench`: options, progress, and results as they come. What is measured is in measure.py, how it looks in
-formats.py.
+"""`edgert bench`: what is asked for is checked before anything is measured, and printed as it comes.
+
+How things are measured is in session.py, how they look in formats.py, table.py, plots.py and report.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import platform
 import sys
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from apps.cli.arguments import add_model_options, open_runtime, whole
+from apps.bench.options import add_options
 
 if TYPE_CHECKING:
-    from apps.bench.formats import Format, Subject
-    from apps.bench.measure import SpeedTest
-    from apps.cli.interrupts import Interrupts
-    from edgert.runtime import Runtime
+    from apps.bench.asked import Asked
+    from apps.bench.formats import Format, FormatName
+    from apps.bench.progress import Progress
+    from apps.bench.results import Row, Subject
+    from apps.bench.session import Session
+    from edgert.gguf.model_file import ModelFile
 
 _log = logging.getLogger(__name__)
 _DESCRIPTION = """\
 Measure a model's speed with llama-bench's tests, names and numbers: pp512 is a
 prompt of 512 tokens, tg128 is 128 tokens generated one by one, @ d512 is with
-512 tokens before them. Lists are 0,512 or 128-1024*2 or 100-500+100.
+512 tokens before them. Lists are 0,512 or 128-1024*2 or 100-500+100. A rate of
+generation counts from the first token to the last.
 """
-_MIN_CONTEXT = 8  # what Runtime asks for at least
 
 
 def add_subcommand(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add `bench`; its `func` takes the parsed arguments and returns the exit status."""
-    parser = subparsers.add_parser("bench", help="measure a model's speed", description=_DESCRIPTION,
-                                   usage="%(prog)s [options] MODEL")
-    add_model_options(parser)
-    group = parser.add_argument_group("tests")
-    group.add_argument("-p", "--n-prompt", action="append", metavar="LIST", help="tokens of a prompt (512); 0 is none")
-    group.add_argument("-n", "--n-gen", action="append", metavar="LIST", help="tokens to generate (128); 0 is none")
-    group.add_argument("-pg", action="append", default=[], metavar="P,N", help="a prompt and then an answer, timed "
-                                                                               "together")
-    group.add_argument("-d", "--n-depth", action="append", metavar="LIST", help="tokens in the cache before (0)")
-    group.add_argument("-r", "--repetitions", type=whole, default=5, metavar="N", help="of every test (5)")
-    parser.add_argument("-o", "--output", choices=("md", "jsonl", "json", "csv"), default="md",
-                        help="how to print the results (md)")
+    parser = subparsers.add_parser("bench", help="measure a model's speed, memory and energy",
+                                   description=_DESCRIPTION, usage="%(prog)s [options] MODEL")
+    add_options(parser)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print. Ctrl-C ends it; tests that were done are printed."""
-    from apps.bench.formats import format_named
-    from apps.bench.measure import combinations
-    from apps.bench.ranges import parse_pair
-    from apps.cli.interrupts import Interrupts
+    """Measure, or compare what was measured."""
     from edgert.errors import UsageError
 
-    pairs = [parse_pair(pair) for pair in args.pg]
-    tests = combinations(_numbers(args.n_prompt, 512), _numbers(args.n_gen, 128), pairs, _numbers(args.n_depth, 0))
-    if not tests:
-        raise UsageError("there is nothing to measure", "Ask for tokens with -p, -n or -pg.")
-    context = max(_MIN_CONTEXT, *(test.n_tokens for test in tests))
-    with Interrupts() as interrupts, open_runtime(args, context, speculate="off") as runtime:
-        interrupts.raise_missed()
-        form = format_named(args.output, describe_subject(runtime, args), [test.name for test in tests])
-        return _measure_all(runtime, tests, args.repetitions, form, interrupts)
+    if (args.compare is None) == (args.model is None):
+        raise UsageError("bench takes a MODEL, or --compare A.json B.json", "See `edgert bench --help`.")
+    if args.compare is not None:
+        from apps.bench.compare import compare
+
+        _print(compare(*args.compare))
+        return 0
+    return _measure(args)
 
 
-def _measure_all(runtime: Runtime, tests: list[SpeedTest], repetitions: int, form: Format,
-                 interrupts: Interrupts) -> int:
-    from apps.bench.measure import measure
-    from apps.cli.interrupts import exit_status
-    from edgert.ggml.backend import Cancelled
+def _measure(args: argparse.Namespace) -> int:
+    """Ctrl-C ends it; tests that were done are printed, drawn and reported."""
+    from apps.bench.formats import format_named
+    from apps.bench.progress import Progress
+    from apps.bench.sampler import Sampler
+    from apps.bench.session import Session
+    from apps.cli.interrupts import Interrupts, exit_status
 
-    progress = Progress(len(tests), repetitions)
-    with interrupts.stopping(runtime.engine.cancel):
-        _print(form.head())
-        try:
-            for number, test in enumerate(tests):
-                _log.info("measuring", extra={"fields": {"test": test.name}})
-                progress.show(number, test.name, None)
-                result = measure(runtime.engine, test, repetitions, partial(progress.show, number, test.name))
-                progress.clear()
-                _print(form.row(result))
-        except Cancelled:
-            progress.clear()
-        _print(form.foot())
+    asked, model, varies = prepare(args)
+    form = format_named(_output(args), has_baseline=args.baseline is not None, sweeps=varies)
+    with Interrupts() as interrupts, Sampler() as sampler, Progress() as progress:
+        session = Session(asked, progress, sampler)
+        with interrupts.stopping(session.stop):
+            rows = _rows(session, asked, model, form, progress)
+    _keep(args, rows)
     return 0 if interrupts.stopped_by is None else exit_status(interrupts.stopped_by)
 
 
-class Progress:
-    """One line on standard error that is written over, on a terminal only."""
+def _rows(session: Session, asked: Asked, model: ModelFile, form: Format, progress: Progress) -> list[Row]:
+    """Every row, printed as soon as it is there; those until it was stopped."""
+    from apps.bench.process import Stopped
+    from apps.bench.results import row
 
-    def __init__(self, n_tests: int, repetitions: int) -> None:
-        self._n_tests, self._repetitions = n_tests, repetitions
-        self._shows = sys.stderr is not None and sys.stderr.isatty()
-
-    def show(self, number: int, name: str, done: int | None) -> None:
-        """The test, and how many of its runs are done; None while it warms up."""
-        what = "warm-up" if done is None else f"run {done + 1}/{self._repetitions}"
-        self._write(f"\r\x1b[Ktest {number + 1}/{self._n_tests}, {name}: {what}")
-
-    def clear(self) -> None:
-        self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
-        if self._shows:
-            print(text, end="", file=sys.stderr, flush=True)
-
-
-def describe_subject(runtime: Runtime, args: argparse.Namespace) -> Subject:
-    """What is measured, in llama-bench's words."""
-    import edgert
-    from apps.bench.formats import Subject
-    from edgert.ggml.library import load_libraries
-    from edgert.models.describe import describe
-
-    model, n_params = describe(runtime.model.path), runtime.model.n_parameters
-    size = f"{n_params / 1e9:.1f}B" if n_params >= 1e9 else f"{n_params / 1e6:.0f}M"
-    return Subject(
-        build_commit=f"edgert-{edgert.__version__}+ggml-{load_libraries().version}", cpu_info=cpu_name(),
-        model_filename=str(model.path), model_type=f"{model.architecture} {size} {model.quantisation}",
-        model_size=sum(model.block_bytes.values()), model_n_params=n_params, n_batch=runtime.engine.batch_size,
-        n_threads=runtime.engine.backend.n_threads, type_kv=args.kv_type, layout=args.layout)
-
-
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, where the system tells it."""
+    rows: list[Row] = []
+    _print(form.head())
     try:
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
+        subject = describe_subject(asked, model, session.survey(), progress)
+        for results in session.results():
+            new = [row(subject, result) for result in results]
+            rows += new
+            with progress.aside():
+                _print(form.rows(new))
+    except Stopped:
+        _log.info("stopped")
+    with progress.aside():
+        _print(form.foot())
+    return rows
 
 
-def _numbers(lists: list[str] | None, default: int) -> list[int]:
-    from apps.bench.ranges import parse_numbers
+def prepare(args: argparse.Namespace) -> tuple[Asked, ModelFile, tuple[str, ...]]:
+    """What to measure, the model's header, and which columns vary. Raises whatever would end it later."""
+    from apps.bench.asked import OURS, Asked, Peer
+    from apps.bench.options import sweep_of, tests_of
+    from edgert.gguf.model_file import ModelFile
+    from edgert.models.catalog import Catalog
+    from edgert.paths import Paths
+    from edgert.planning import check_options
 
-    return [default] if lists is None else [number for text in lists for number in parse_numbers(text)]
+    tests = tests_of(args)
+    sweep = sweep_of(args, tests)
+    _check_outputs(args)
+    _check_limit(args)
+    _check_temperature(args)
+    path = Catalog(Paths.of_user(), args.models_dir).find(args.model)
+    model = ModelFile.open(path)
+    for setup in sweep.setups:
+        check_options(setup.engine_options())
+    peers = (OURS, *([Peer("llama.cpp", "llama.cpp")] if args.baseline else []))
+    asked = Asked(path, model.parts, sweep.setups, tests, args.repetitions, peers, args.limit, args.cold, args.delay,
+                  args.cooldown_to, _cluster(args), not args.no_predict, args.verbose, args.log_json)
+    return asked, model, sweep.varies
 
 
-def _print(lines: Iterator[str]) -> None:
+def _cluster(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What a contender's process is told of the cluster. Raises UsageError, ClusterError."""
+    from apps.cli.arguments import cluster_options
+    from edgert.errors import UsageError
+
+    if cluster_options(args) is None:
+        return None
+    if args.memory is not None and len(args.memory) > 1:
+        raise UsageError("--cluster takes one --memory", "Name one budget, for this device's part.")
+    return {"devices": args.devices, "peers": args.peer, "wire": args.wire}
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """A file that cannot be written is said before an hour of measuring, not after it."""
+    if args.plot is not None:
+        from apps.bench.plots import check_plot
+
+        check_plot(args.plot)
+    if args.report is not None:
+        from apps.bench.report import check_report
+
+        check_report(args.report)
+
+
+def _check_limit(args: argparse.Namespace) -> None:
+    from apps.bench.control_group import why_impossible
+    from edgert.errors import UsageError
+
+    if not args.limit:
+        return
+    if args.memory is None:
+        raise UsageError("--limit needs a budget to hold", "Name it with --memory, such as --memory 1G --limit.")
+    why = why_impossible()
+    if why is not None:
+        raise UsageError(f"--limit cannot be had here: {why}",
+                         "Run it as root where control groups can be written, or measure without --limit: the budget "
+                         "of --memory holds by itself.")
+
+
+def _check_temperature(args: argparse.Namespace) -> None:
+    from apps.bench.thermal import temperature_sensors, warmest_c
+    from edgert.errors import UsageError
+
+    if args.cooldown_to is not None and warmest_c(temperature_sensors()) is None:
+        raise UsageError("--cooldown-to: this system shows no temperature", "Wait a fixed time with --delay instead.")
+
+
+def describe_subject(asked: Asked, model: ModelFile, environment: dict[str, Any], progress: Progress) -> Subject:
+    """What is measured, in llama-bench's words, and the environment block."""
+    from apps.bench.environment import model_sha256
+    from apps.bench.results import Subject
+    from edgert.models.describe import describe
+    from edgert.paths import Paths
+
+    told, n_params = describe(model.path), model.n_parameters
+    size = f"{n_params / 1e9:.1f}B" if n_params >= 1e9 else f"{n_params / 1e6:.0f}M"
+    progress.doing("the model's SHA-256")
+    sha256 = model_sha256(asked.parts, Paths.of_user().cache / "sha256.json")
+    commit = environment["edgert_commit"] or environment["edgert_version"]
+    return Subject(
+        f"edgert-{commit}+ggml-{environment['ggml_version']}", environment["cpu"], str(model.path),
+        f"{told.architecture} {size} {told.quantisation}", sum(told.block_bytes.values()), n_params,
+        {**environment, "model_name": model.path.name, "model_sha256": sha256})
+
+
+def _output(args: argparse.Namespace) -> FormatName:
+    chosen: FormatName | None = args.output
+    return chosen or ("table" if sys.stdout is not None and sys.stdout.isatty() else "md")
+
+
+def _keep(args: argparse.Namespace, rows: list[Row]) -> None:
+    if not rows:
+        return
+    if args.plot is not None:
+        from apps.bench.plots import plot
+
+        plot(args.plot, rows)
+    if args.report is not None:
+        from apps.bench.report import write_report
+
+        print(f"report: {write_report(args.report, rows)}", file=sys.stderr)
+
+
+def _print(lines: Iterable[str]) -> None:
     for line in lines:
         print(line, flush=True)

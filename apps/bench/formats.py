@@ -1,50 +1,24 @@
-"""How results are written: llama-bench's Markdown table, CSV, JSON array and JSON lines, row by row as they come.
+"""How results are written for programs: llama-bench's CSV, JSON array, JSON lines and SQL; and its Markdown table.
 
-Knows columns and names; measures nothing.
+Knows rows (results.py) and columns; every format holds the same figures. What a terminal of 80 columns shows is in
+table.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from apps.bench.measure import Result
+from apps.bench.results import Row
 from edgert.units import format_bytes
 
-FormatName = Literal["md", "csv", "json", "jsonl"]
-_SPEED_WIDTH = 15  # of `1234.56 ± 12.34`; the table must not wait for the last row to know its widths
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is measured, under llama-bench's names. `type_k` and `type_v` are one setting here, as are the batches."""
-
-    build_commit: str
-    cpu_info: str
-    model_filename: str
-    model_type: str
-    model_size: int
-    model_n_params: int
-    n_batch: int
-    n_threads: int
-    type_kv: str
-    layout: str
-    backends: str = "CPU"
-
-    def row(self, result: Result) -> dict[str, Any]:
-        """One result as an object, llama-bench's fields first, ours (`layout`) among them."""
-        test = result.test
-        return {
-            "build_commit": self.build_commit, "cpu_info": self.cpu_info, "backends": self.backends,
-            "model_filename": self.model_filename, "model_type": self.model_type, "model_size": self.model_size,
-            "model_n_params": self.model_n_params, "n_batch": self.n_batch, "n_ubatch": self.n_batch,
-            "n_threads": self.n_threads, "type_k": self.type_kv, "type_v": self.type_kv, "layout": self.layout,
-            "n_prompt": test.n_prompt, "n_gen": test.n_gen, "n_depth": test.n_depth, "test_time": result.test_time,
-            "avg_ns": result.avg_ns, "stddev_ns": result.stddev_ns, "avg_ts": round(result.avg_ts, 6),
-            "stddev_ts": round(result.stddev_ts, 6),
-        }
+FormatName = Literal["md", "csv", "json", "jsonl", "sql", "table"]
+SQL_TABLE = "llama_bench"  # as llama-bench has it, so that both can be in one database
+_TYPES = {bool: "INTEGER", int: "INTEGER", float: "REAL"}
+# Columns whose first value may be None, so that no value tells their type.
+_REAL = ("_ts", "_rate", "_share", "_share_before_load", "_overlap", "_watts", "_token", "_c", "_mhz", "_baseline")
+_TEXT = ("engine", "test", "layout", "baseline", "energy_source", "energy_rail")
 
 
 class Format(Protocol):
@@ -52,74 +26,66 @@ class Format(Protocol):
 
     def head(self) -> Iterator[str]: ...
 
-    def row(self, result: Result) -> Iterator[str]: ...
+    def rows(self, rows: Sequence[Row]) -> Iterator[str]:
+        """Those of one test, one for each contender."""
+        ...
 
     def foot(self) -> Iterator[str]: ...
 
 
 class Markdown:
-    """A table for people, as wide as it must be."""
+    """llama-bench's table, as wide as it must be: columns of ours are there where the run can have them."""
 
-    def __init__(self, subject: Subject, tests: list[str]) -> None:
-        self._cells = {"model": subject.model_type, "size": format_bytes(subject.model_size),
-                       "params": parameters(subject.model_n_params), "backend": subject.backends,
-                       "threads": str(subject.n_threads)}
-        self._widths = {name: max(len(name), len(cell)) for name, cell in self._cells.items()} | {
-            "test": max(map(len, ["test", *tests])), "t/s": _SPEED_WIDTH}
+    def __init__(self, *, has_baseline: bool, sweeps: Sequence[str]) -> None:
+        self._columns = ["model", "size", "params", "backend", "threads",
+                         *(name for name in ("budget", "batch", "layout") if name in sweeps),
+                         *(["engine"] if has_baseline else []), "test", "t/s", "predicted",
+                         *(["ratio"] if has_baseline else []), "first token", "peak RSS", "read/token", "wait/token",
+                         "J/token"]
 
     def head(self) -> Iterator[str]:
-        yield self._line({name: name for name in self._widths})
-        yield "| " + " | ".join("-" * width if self._is_left(name) else "-" * (width - 1) + ":"
-                                for name, width in self._widths.items()) + " |"
+        yield "| " + " | ".join(self._columns) + " |"
+        yield "| " + " | ".join("---" if name in ("model", "backend", "engine", "layout", "test") else "---:"
+                                for name in self._columns) + " |"
 
-    def row(self, result: Result) -> Iterator[str]:
-        yield self._line({**self._cells, "test": result.test.name,
-                          "t/s": f"{result.avg_ts:.2f} ± {result.stddev_ts:.2f}"})
+    def rows(self, rows: Sequence[Row]) -> Iterator[str]:
+        for row in rows:
+            shown = cells(row)
+            yield "| " + " | ".join(shown[name].replace("|", r"\|") for name in self._columns) + " |"
 
     def foot(self) -> Iterator[str]:
         return iter(())
 
-    def _line(self, cells: Mapping[str, str]) -> str:
-        return "| " + " | ".join(cells[name].ljust(width) if self._is_left(name) else cells[name].rjust(width)
-                                 for name, width in self._widths.items()) + " |"
-
-    @staticmethod
-    def _is_left(name: str) -> bool:
-        return name in ("model", "backend")
-
 
 class Csv:
-    """Every value in quotes; no samples."""
+    """Every value in quotes; lists and objects as JSON; None is empty."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self) -> None:
         self._has_head = False
 
     def head(self) -> Iterator[str]:
         return iter(())
 
-    def row(self, result: Result) -> Iterator[str]:
-        row = self._subject.row(result)
-        if not self._has_head:
-            self._has_head = True
-            yield ",".join(row)
-        yield ",".join('"' + str(value).replace('"', '""') + '"' for value in row.values())
+    def rows(self, rows: Sequence[Row]) -> Iterator[str]:
+        for row in rows:
+            if not self._has_head:
+                self._has_head = True
+                yield ",".join(row)
+            yield ",".join('"' + ("" if value is None else str(value)).replace('"', '""') + '"'
+                           for value in map(flat, row.values()))
 
     def foot(self) -> Iterator[str]:
         return iter(())
 
 
 class JsonLines:
-    """One object a line, samples included."""
-
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    """One object a line."""
 
     def head(self) -> Iterator[str]:
         return iter(())
 
-    def row(self, result: Result) -> Iterator[str]:
-        yield json.dumps(_with_samples(self._subject, result))
+    def rows(self, rows: Sequence[Row]) -> Iterator[str]:
+        yield from map(json.dumps, rows)
 
     def foot(self) -> Iterator[str]:
         return iter(())
@@ -128,28 +94,81 @@ class JsonLines:
 class JsonArray:
     """One array, written at the end, since an array that is cut off is none."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
-        self._rows: list[dict[str, Any]] = []
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
 
     def head(self) -> Iterator[str]:
         return iter(())
 
-    def row(self, result: Result) -> Iterator[str]:
-        self._rows.append(_with_samples(self._subject, result))
+    def rows(self, rows: Sequence[Row]) -> Iterator[str]:
+        self._rows += rows
         return iter(())
 
     def foot(self) -> Iterator[str]:
         yield json.dumps(self._rows, indent=2)
 
 
-def format_named(name: FormatName, subject: Subject, tests: list[str]) -> Format:
-    """The format for `name`; `tests` are the names of the tests to come."""
-    if name == "md":
-        return Markdown(subject, tests)
-    if name == "csv":
-        return Csv(subject)
-    return JsonArray(subject) if name == "json" else JsonLines(subject)
+class Sql:
+    """A table and its rows, as sqlite3 takes them: `edgert bench MODEL -o sql | sqlite3 bench.sqlite`."""
+
+    def __init__(self) -> None:
+        self._has_head = False
+
+    def head(self) -> Iterator[str]:
+        return iter(())
+
+    def rows(self, rows: Sequence[Row]) -> Iterator[str]:
+        for row in rows:
+            if not self._has_head:
+                self._has_head = True
+                yield f"CREATE TABLE IF NOT EXISTS {SQL_TABLE} ("
+                yield ",\n".join(f"  {name} {_sql_type(name, value)}" for name, value in row.items())
+                yield ");"
+            yield f"INSERT INTO {SQL_TABLE} ({', '.join(row)}) VALUES ({', '.join(map(_sql_value, row.values()))});"
+
+    def foot(self) -> Iterator[str]:
+        return iter(())
+
+
+def format_named(name: FormatName, *, has_baseline: bool = False, sweeps: Sequence[str] = ()) -> Format:
+    """The format for `name`. `sweeps` are the columns (budget, threads, batch, layout) that vary."""
+    match name:
+        case "md":
+            return Markdown(has_baseline=has_baseline, sweeps=sweeps)
+        case "csv":
+            return Csv()
+        case "json":
+            return JsonArray()
+        case "jsonl":
+            return JsonLines()
+        case "sql":
+            return Sql()
+        case "table":
+            from apps.bench.table import Table
+
+            return Table()
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row as people read it; what was not measured is empty."""
+    ttft, wait, joules = row["avg_ttft_ns"], row["wait_ns_per_token"], joules_per_token(row)
+    return {
+        "model": str(row["model_type"]), "size": format_bytes(row["model_size"]),
+        "params": parameters(row["model_n_params"]), "backend": str(row["backends"]),
+        "threads": str(row["n_threads"]), "budget": _bytes(row["memory_budget_bytes"]), "batch": str(row["n_batch"]),
+        "layout": str(row["layout"]), "engine": str(row["engine"]), "test": str(row["test"]),
+        "t/s": f"{row['avg_ts']:.2f} ± {row['stddev_ts']:.2f}",
+        "predicted": "" if row["predicted_ts"] is None else f"{row['predicted_ts']:.2f}",
+        "ratio": "" if row["ratio_to_baseline"] is None else f"{row['ratio_to_baseline']:.3f}",
+        "first token": "" if ttft is None else seconds(ttft), "peak RSS": _bytes(row["peak_rss_bytes"]),
+        "read/token": _bytes(row["read_bytes_per_token"]), "wait/token": "" if wait is None else seconds(wait),
+        "J/token": "" if joules is None else f"{joules:.3g}"}
+
+
+def joules_per_token(row: Mapping[str, Any]) -> float | None:
+    """Of the test's own kind of token: of the answer where it has one."""
+    value = row["joules_per_gen_token"] if row["n_gen"] else row["joules_per_prompt_token"]
+    return None if value is None else float(value)
 
 
 def parameters(number: int) -> str:
@@ -157,6 +176,32 @@ def parameters(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
-def _with_samples(subject: Subject, result: Result) -> dict[str, Any]:
-    return {**subject.row(result), "samples_ns": list(result.samples_ns),
-            "samples_ts": [round(sample, 3) for sample in result.samples_ts]}
+def seconds(n_ns: float) -> str:
+    """`1.25 s`, `830 ms` or `0.45 ms`."""
+    if n_ns >= 1e9:
+        return f"{n_ns / 1e9:.2f} s"
+    return f"{n_ns / 1e6:.0f} ms" if n_ns >= 1e7 or not n_ns else f"{n_ns / 1e6:.2f} ms"
+
+
+def flat(value: Any) -> Any:
+    """Lists and objects as JSON text, the rest as it is."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _bytes(n_bytes: int | None) -> str:
+    return "" if n_bytes is None else format_bytes(n_bytes)
+
+
+def _sql_type(name: str, value: Any) -> str:
+    if isinstance(value, str | list | dict) or name in _TEXT:
+        return "TEXT"
+    return "REAL" if name.endswith(_REAL) else _TYPES.get(type(value), "INTEGER")
+
+
+def _sql_value(value: Any) -> str:
+    value = flat(value)
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return str(int(value))
+    return repr(value) if isinstance(value, int | float) else "'" + str(value).replace("'", "''") + "'"

@@ -1,120 +1,79 @@
-"""Measures an engine as llama-bench measures: prompt processing (pp), text generation (tg), both (pg), at a depth.
+"""Runs a test on a contender: which tokens, in which order, and when each was there.
 
-Knows token ids, the engine's `step` and the clock. No text, no sampling, no reuse of a prefix; the ids are random but
-the same in every run, since a model of experts takes its time by what it reads.
+Knows token ids, steps and the clock; what the times say is in speed.py. Prompts are synthetic, the same in every run.
+An answer's tokens are chosen once, by the model itself and before anything is timed, with end tokens banned; every run
+then computes exactly these, so that no run is shorter than another and a model of experts is asked for the experts of
+a text rather than of noise.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from edgert.engine.engine import Engine
+from apps.bench.contenders import Contender
+from apps.bench.speed import Run, SpeedTest
 
-_SEED = 20250101
-
-
-@dataclass(frozen=True, slots=True)
-class SpeedTest:
-    """`n_prompt` tokens at once and then `n_gen` one by one, after `n_depth` tokens that nobody times."""
-
-    n_prompt: int
-    n_gen: int
-    n_depth: int
-
-    @property
-    def name(self) -> str:
-        """`pp512`, `tg128`, `pp512+tg128`, `pp512 @ d512`."""
-        parts = [f"pp{self.n_prompt}"] * bool(self.n_prompt) + [f"tg{self.n_gen}"] * bool(self.n_gen)
-        return "+".join(parts) + (f" @ d{self.n_depth}" if self.n_depth else "")
-
-    @property
-    def n_timed(self) -> int:
-        return self.n_prompt + self.n_gen
-
-    @property
-    def n_tokens(self) -> int:
-        """What the context must hold."""
-        return self.n_depth + self.n_timed
+SEED = 20250101
+_TEMPERATURE = 0.8  # greedy answers to noise repeat themselves
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The times of a test's repetitions, in nanoseconds, and speeds in tokens per second."""
-
-    test: SpeedTest
-    test_time: str  # when it began: ISO 8601, UTC
-    samples_ns: tuple[int, ...]
-
-    @property
-    def samples_ts(self) -> tuple[float, ...]:
-        return tuple(self.test.n_timed * 1e9 / max(1, sample_ns) for sample_ns in self.samples_ns)
-
-    @property
-    def avg_ns(self) -> int:
-        return round(statistics.fmean(self.samples_ns))
-
-    @property
-    def stddev_ns(self) -> int:
-        return round(_deviation(self.samples_ns))
-
-    @property
-    def avg_ts(self) -> float:
-        return statistics.fmean(self.samples_ts)
-
-    @property
-    def stddev_ts(self) -> float:
-        return _deviation(self.samples_ts)
+def synthetic_tokens(n_tokens: int, vocab_size: int) -> list[int]:
+    """The first ids of one sequence, the same for every test of a model."""
+    return [int(one) for one in np.random.default_rng(SEED).integers(0, vocab_size, n_tokens, dtype=np.int32)]
 
 
-def combinations(prompts: list[int], gens: list[int], pairs: list[tuple[int, int]],
-                 depths: list[int]) -> list[SpeedTest]:
-    """Every combination, in llama-bench's order; a size of 0 is no test."""
-    return [SpeedTest(n_prompt, n_gen, depth) for depth in depths
-            for n_prompt, n_gen in [*((p, 0) for p in prompts), *((0, n) for n in gens), *pairs] if n_prompt or n_gen]
+def warm_up(contender: Contender, test: SpeedTest, token_ids: Sequence[int] | None) -> list[int]:
+    """Fill the cache up to the test's depth and run the test once, untimed: with `token_ids`, or with an answer that
+    the contender's logits choose. The ids (n_depth + n_prompt + n_gen). Raises what steps raise."""
+    n_given = test.n_depth + test.n_prompt
+    given = list(token_ids[:n_given] if token_ids else synthetic_tokens(n_given, contender.vocab_size))
+    contender.truncate(0)
+    logits = None
+    for part in (given[:test.n_depth], given[test.n_depth:]):
+        if part:
+            logits = contender.step(np.array(part, np.int32))
+    if token_ids is None:
+        return given + _choose(contender, test.n_gen, logits)
+    for token_id in token_ids[n_given:]:
+        contender.step(np.array([token_id], np.int32))
+    return list(token_ids)
 
 
-def measure(engine: Engine, test: SpeedTest, repetitions: int, on_repetition: Callable[[int], None]) -> Result:
-    """Time `test`, after a warm-up of its prompt and one token. The KV cache is empty afterwards.
-
-    `on_repetition` is called with the number of repetitions done. Raises what Engine.step raises.
-    """
-    token_ids = np.random.default_rng(_SEED).integers(  # (n_tokens,) int32
-        0, engine.arch.hp.vocab_size, test.n_tokens, dtype=np.int32)
-    test_time = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    try:
-        engine.kv.truncate(0)
-        if test.n_depth:
-            engine.step(token_ids[:test.n_depth])
-        timed = token_ids[test.n_depth:]
-        _pass(engine, SpeedTest(test.n_prompt, min(1, test.n_gen), test.n_depth), timed)
-        samples_ns = []
-        for repetition in range(repetitions):
-            on_repetition(repetition)
-            samples_ns.append(_pass(engine, test, timed))
-    finally:
-        engine.kv.truncate(0)
-    return Result(test, test_time, tuple(samples_ns))
+def _choose(contender: Contender, n_tokens: int, logits: NDArray[np.float32] | None) -> list[int]:
+    """`n_tokens` tokens that the model says, none of which ends an answer; each is computed."""
+    random = np.random.default_rng(SEED)
+    chosen: list[int] = []
+    for _ in range(n_tokens):
+        if logits is None:  # there is nothing before the answer
+            chosen += synthetic_tokens(1, contender.vocab_size)
+        else:
+            scores = logits / np.float32(_TEMPERATURE) + random.gumbel(size=len(logits)).astype(np.float32)
+            scores[contender.end_ids] = -np.inf
+            chosen.append(int(scores.argmax()))
+        logits = contender.step(np.array(chosen[-1:], np.int32))
+    return chosen
 
 
-def _pass(engine: Engine, test: SpeedTest, token_ids: NDArray[np.int32]) -> int:
-    """One repetition, from the test's depth on; nanoseconds."""
-    engine.kv.truncate(test.n_depth)
-    start_ns = time.perf_counter_ns()
+def run_once(contender: Contender, test: SpeedTest, token_ids: Sequence[int]) -> Run:
+    """One repetition, from the test's depth on."""
+    prompt = np.array(token_ids[test.n_depth:test.n_depth + test.n_prompt], np.int32)
+    answer = [np.array([token_id], np.int32) for token_id in token_ids[test.n_depth + test.n_prompt:]]
+    contender.truncate(test.n_depth)
+    token_ns = []
+    step, now_ns, before = contender.step, time.monotonic_ns, contender.counters()
+    prompt_end_ns = start_ns = now_ns()
     if test.n_prompt:
-        engine.step(token_ids[:test.n_prompt])
-    for i in range(test.n_prompt, test.n_timed):
-        engine.step(token_ids[i:i + 1])
-    return time.perf_counter_ns() - start_ns
-
-
-def _deviation(samples: tuple[float, ...]) -> float:
-    return statistics.stdev(samples) if len(samples) > 1 else 0.0
+        step(prompt)
+        prompt_end_ns = now_ns()
+    between = contender.counters()
+    if not test.n_prompt:
+        prompt_end_ns = start_ns = now_ns()
+    for token_id in answer:
+        step(token_id)
+        token_ns.append(now_ns())
+    after = contender.counters()
+    return Run(start_ns, prompt_end_ns, tuple(token_ns), between.since(before), after.since(between))

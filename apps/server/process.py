@@ -17,8 +17,7 @@ from typing import Any, Self
 from apps.server.asked import Asked, Ended, Event, Prefill, Text, ToolCall
 from apps.server.frames import Frame, encode, receive
 from apps.server.settings import LoadOptions
-from edgert import errors
-from edgert.errors import EdgertError, ModelCrashed
+from edgert.errors import EdgertError, ModelCrashed, from_fields
 
 # A model of 100 GiB from a slow disk; beyond this, nobody waits any more.
 _LOAD_DEADLINE_S = 15 * 60.0
@@ -152,7 +151,7 @@ class ModelProcess:
             self._kill("does not answer")
             raise ModelCrashed("does not answer") from None
         if frame["event"] == "error":
-            raise _revived(frame)
+            raise from_fields(frame)
         return frame
 
     async def _read(self) -> None:
@@ -197,15 +196,3 @@ def _event(frame: Mapping[str, Any]) -> Event:
             return Ended(frame["finish_reason"], frame["prompt_tokens"], frame["completion_tokens"],
                          frame["cached_tokens"], frame["timings"], frame["memory"], frame["plan"], frame["left_out"])
     raise ModelCrashed("has broken its protocol")
-
-
-def _revived(frame: Mapping[str, Any]) -> EdgertError:
-    """The error that the process raised, of its own class and with its figures."""
-    kind = getattr(errors, str(frame["kind"]), EdgertError)
-    if not (isinstance(kind, type) and issubclass(kind, EdgertError)):
-        kind = EdgertError
-    error = kind.__new__(kind)
-    EdgertError.__init__(error, str(frame["message"]), str(frame["next_step"]))
-    for name, value in frame["fields"].items():
-        setattr(error, name, value)
-    return error

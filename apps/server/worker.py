@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from apps.server.asked import Asked
 from apps.server.frames import Frame, encode, read_frame
-from edgert.errors import EdgertError
+from edgert.errors import EdgertError, to_fields
 
 if TYPE_CHECKING:
     from apps.server.answering import Answering
@@ -73,7 +73,7 @@ class Worker:
         try:
             do(frame)
         except EdgertError as error:
-            self._send({"event": "error", "id": frame["id"], **_as_frame(error)})
+            self._send({"event": "error", "id": frame["id"], **to_fields(error)})
         except MemoryError:
             self._send({"event": "error", "id": frame["id"], "kind": "OutOfMemory", "message": "out of memory",
                         "next_step": "Ask for a shorter --context, or close other programs.", "fields": {}})
@@ -149,12 +149,6 @@ def _cluster(values: Mapping[str, Any] | None) -> ClusterOptions | None:
     from tensorpar.leader import ClusterOptions
 
     return ClusterOptions(**{**values, "peers": tuple(map(tuple, values["peers"]))})
-
-
-def _as_frame(error: EdgertError) -> Frame:
-    fields = {name: value for name, value in vars(error).items()
-              if name not in ("message", "next_step") and isinstance(value, str | int | float | None)}
-    return {"kind": type(error).__name__, "message": error.message, "next_step": error.next_step, "fields": fields}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.llamacpp import LlamaCpp
+from apps.bench.llamacpp import LlamaCpp
 from edgert.architectures.registry import open_architecture
 from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import KV_TYPES, DenseKVCache, KVType

@@ -1,7 +1,7 @@
 """Runs a command as a small device would: in a control group (v1 or v2) with a memory limit, page cache included, and
 with a slow disk.
 
-Needs root. For measurements; the limit that a user sets is `--memory`.
+Needs root. For measurements (`edgert bench --limit`, benchmarks/); the limit that a user sets is `--memory`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,41 @@ class Outcome:
     read_bytes: int
 
 
+class MemoryGroup:
+    """A control group with a limit. A process enters it by writing its id into `processes`."""
+
+    def __init__(self, directory: Path, is_unified: bool) -> None:
+        self.processes, self._directory, self._is_unified = directory / "cgroup.procs", directory, is_unified
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that it was charged with, page cache included."""
+        return int((self._directory / ("memory.peak" if self._is_unified else "memory.max_usage_in_bytes")).read_text())
+
+    @property
+    def limit_hits(self) -> int:
+        if self._is_unified:
+            return _count(self._directory / "memory.events", "max")
+        return int((self._directory / "memory.failcnt").read_text())
+
+    @property
+    def oom_kills(self) -> int:
+        return _count(self._directory / ("memory.events" if self._is_unified else "memory.oom_control"), "oom_kill")
+
+
+def why_impossible(root: Path = _ROOT) -> str | None:
+    """Why this process may not make a memory control group; None where it may."""
+    directory = root if (root / "cgroup.controllers").exists() else root / "memory"
+    if not directory.is_dir():
+        return f"there are no memory control groups at {directory}"
+    if os.geteuid() != 0 or not os.access(directory, os.W_OK):
+        return f"only root makes control groups, where {directory} can be written"
+    return None
+
+
 def is_possible() -> bool:
     """Whether this process may make a memory control group."""
-    directory = _ROOT if (_ROOT / "cgroup.controllers").exists() else _ROOT / "memory"
-    return os.access(directory, os.W_OK) and os.geteuid() == 0
+    return why_impossible() is None
 
 
 def drop_page_cache() -> None:
@@ -44,32 +75,35 @@ def drop_page_cache() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("1")
 
 
+@contextmanager
+def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
+    """A group with this limit and without swap, removed in any case."""
+    unified = (_ROOT / "cgroup.controllers").exists()
+    directory = (_ROOT if unified else _ROOT / "memory") / f"edgert-{os.getpid()}-{time.monotonic_ns()}"
+    if unified:
+        (_ROOT / "cgroup.subtree_control").write_text("+memory")
+    directory.mkdir()
+    try:
+        (directory / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(limit_bytes))
+        swap = directory / ("memory.swap.max" if unified else "memory.swappiness")
+        if swap.exists():
+            swap.write_text("0")
+        yield MemoryGroup(directory, unified)
+    finally:
+        _remove(directory)
+
+
 def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float, *, disk: Path | None = None,
                 environment: Mapping[str, str] | None = None) -> Outcome:
     """Run `command` in a group of its own, and in the group of `slow_disk` that `disk` names. Raises TimeoutExpired;
     the group is removed in any case."""
-    unified = (_ROOT / "cgroup.controllers").exists()
-    group = (_ROOT if unified else _ROOT / "memory") / f"edgert-{os.getpid()}-{time.monotonic_ns()}"
-    if unified:
-        (_ROOT / "cgroup.subtree_control").write_text("+memory")
-    group.mkdir()
-    try:
-        (group / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(limit_bytes))
-        swap = group / ("memory.swap.max" if unified else "memory.swappiness")
-        if swap.exists():
-            swap.write_text("0")
+    with memory_group(limit_bytes) as group:
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout_s, check=False,
                               env=None if environment is None else {**os.environ, **environment},
-                              preexec_fn=lambda: _enter([group / "cgroup.procs", *([disk] if disk else [])]))
+                              preexec_fn=lambda: _enter([group.processes, *([disk] if disk else [])]))
         read = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock - before) * 512
-        events, kills = (group / "memory.events", group / "memory.events") if unified else \
-            (group / "memory.failcnt", group / "memory.oom_control")
-        return Outcome(done.stdout, done.returncode,
-                       int((group / ("memory.peak" if unified else "memory.max_usage_in_bytes")).read_text()),
-                       _count(events, "max") if unified else int(events.read_text()), _count(kills, "oom_kill"), read)
-    finally:
-        _remove(group)
+        return Outcome(done.stdout, done.returncode, group.peak_bytes, group.limit_hits, group.oom_kills, read)
 
 
 def _enter(groups: Sequence[Path]) -> None:

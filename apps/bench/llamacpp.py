@@ -10,6 +10,8 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.errors import ComputeError
+
 _KV_TYPES = {"f16": 1, "q8_0": 8}
 
 
@@ -29,27 +31,35 @@ class LlamaCpp:
         params.n_gpu_layers = 0
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            raise RuntimeError(f"llama.cpp does not load {path}")
+            raise ComputeError(f"llama.cpp does not load {path}", "Measure without it, or try another model file.")
         context = llama_cpp.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = context_length, batch_size, batch_size
         context.n_threads = context.n_threads_batch = n_threads
         context.flash_attn_type = 1
         context.type_k = context.type_v = _KV_TYPES[kv_type]
         self._context = llama_cpp.llama_init_from_model(self._model, context)
+        if not self._context:
+            llama_cpp.llama_model_free(self._model)
+            raise ComputeError(f"llama.cpp has no memory for a context of {context_length} tokens",
+                               "Ask for smaller tests, or measure without it.")
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._batch_size = batch_size
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
 
     def step(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
-        """Append tokens; logits (vocab_size,) of the last one."""
+        """Append tokens; a copy of the logits (vocab_size,) of the last one."""
+        return self.decode(token_ids).copy()
+
+    def decode(self, token_ids: Iterable[int]) -> NDArray[np.float32]:
+        """Append tokens; logits (vocab_size,) of the last one, valid until the next ones."""
         ids = np.fromiter(token_ids, np.int32)
         for start in range(0, len(ids), self._batch_size):
             part = np.ascontiguousarray(ids[start:start + self._batch_size])
             pointer = part.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
             if llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(pointer, len(part))) != 0:
-                raise RuntimeError("llama_decode failed")
+                raise ComputeError("llama.cpp: llama_decode failed")
         pointer = llama_cpp.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(pointer, (self.vocab_size,)).copy()
+        return np.ctypeslib.as_array(pointer, (self.vocab_size,))
 
     def greedy(self, prompt: Iterable[int], n_tokens: int) -> list[int]:
         """`n_tokens` tokens, each the argmax, end tokens included."""
@@ -67,6 +77,10 @@ class LlamaCpp:
 
     def reset(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget all but the first tokens."""
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), 0, n_tokens, -1)
 
     def close(self) -> None:
         if self._context:
