@@ -118,7 +118,7 @@ def measure_directly(path: Path) -> dict[str, float]:
     llama_cpp.llama_cpp.llama_model_default_params = without_repacking
     n_threads = usable_cores()
     llama: Any = llama_cpp.Llama(str(path), n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=n_threads,
-                            n_threads_batch=n_threads, flash_attn=True, verbose=False)
+                                 n_threads_batch=n_threads, flash_attn=True, verbose=False)
     ids = synthetic_tokens(512, llama.n_vocab())
     found = {}
     for test in _TESTS:
