@@ -9,7 +9,6 @@ names, nothing that is not a number.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -60,8 +59,7 @@ class Moment(NamedTuple):
     turn: int = 0  # within the pass
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     kind: Kind
     moment: Moment
     n_bytes: int
