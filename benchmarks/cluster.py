@@ -103,8 +103,8 @@ def _typical(times: Sequence[float]) -> float:
 
 
 def _gloo_rank(rank: int, n_ranks: int, path: str, result: Any) -> None:
-    import torch  # type: ignore[import-not-found]
-    import torch.distributed as dist  # type: ignore[import-not-found]
+    import torch
+    import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=n_ranks)
     values, times = torch.ones(_HIDDEN), []

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from edgert.architectures.base import Architecture
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
+from edgert.device import cluster_profile, matrix_types
 from edgert.engine.collective import Collective
 from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import KVType
@@ -274,14 +275,14 @@ def _open_cluster(file: ModelFile, paths: Paths, options: EngineOptions, cluster
     """The engine of the device that leads a cluster."""
     from tensorpar.leader import ClusterEngine
     from tensorpar.messages import Settings
-    from tensorpar.profile import measure
 
     arch = open_architecture(file)
     context_length = context_length_of(arch, options)
     options = replace(options, context=context_length)
+    profile = cluster_profile(paths, options, matrix_types(file), arch.hp.head_dim, file.path)
     return ClusterEngine(
-        file, arch, paths, measure(options.n_threads, options.memory_bytes),
-        Settings(context_length, options.batch_size, options.kv_type),
+        file, arch, paths, profile,
+        Settings(context_length, options.batch_size, options.kv_type, options.settled_layout),
         lambda part, collective: open_engine(part, paths, options, trace, collective), cluster)
 
 

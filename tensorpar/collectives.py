@@ -252,8 +252,10 @@ class Group:
 
     def _expect(self, link: Link, kind: Kind, n_bytes: int) -> None:
         """Drop what an abandoned pass left; then the frame that belongs here is next. Raises Abandoned, BadFrame."""
-        while (header := link.peek(MAX_DATA_BYTES, foreseen=n_bytes)).kind in _OF_A_PASS and header.moment < self._moment:
+        header = link.peek(MAX_DATA_BYTES, foreseen=n_bytes)
+        while header.kind in _OF_A_PASS and header.moment < self._moment:
             link.skip(MAX_DATA_BYTES)
+            header = link.peek(MAX_DATA_BYTES, foreseen=n_bytes)
         if header.kind is Kind.FAULT:
             fault = link.receive_message(Kind.FAULT)[1]
             raise PeerLost(link.rank, str(fault.get("problem"))[:200])

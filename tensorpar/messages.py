@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 
 from edgert.architectures.base import MAX_CONTEXT
 from edgert.engine.kv_cache import KVType
+from edgert.engine.layouts import LayoutChoice
 from tensorpar.collectives import Algorithm, Network
 from tensorpar.frames import BadFrame
 from tensorpar.members import MAX_MEMBERS
@@ -21,11 +22,13 @@ _MAX_SLICE_BYTES = 2**44
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How every rank opens its engine: all caches hold the same tokens, all batches are cut alike."""
+    """How every rank opens its engine: all caches hold the same tokens, all batches are cut alike. With a budget of its
+    own, a rank takes layout `auto` for `plain`."""
 
     context_length: int
     batch_size: int
     kv_type: KVType
+    layout: LayoutChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +57,17 @@ class Setup:
         """Raises BadFrame for anything that no leader of this version says."""
         settings, network = _object(raw, "settings"), _object(raw, "network")
         world_size = whole(raw, "world_size", 2, MAX_MEMBERS + 1)
-        key, kv_type = raw.get("slice_key"), settings.get("kv_type")
+        key, kv_type, layout = raw.get("slice_key"), settings.get("kv_type"), settings.get("layout")
         wire, algorithm = raw.get("wire"), raw.get("algorithm")
-        known = (kv_type in get_args(KVType), wire in tuple(WIRES), algorithm in (None, *get_args(Algorithm)))
+        known = (kv_type in get_args(KVType), layout in get_args(LayoutChoice), wire in tuple(WIRES),
+                 algorithm in (None, *get_args(Algorithm)))
         if not isinstance(key, str) or not _KEY.fullmatch(key) or not all(known):
             raise BadFrame("a plan with impossible names")
         return cls(
             whole(raw, "epoch", 1, 2**31), whole(raw, "rank", 1, world_size - 1), world_size, key,
             whole(raw, "slice_bytes", 1, _MAX_SLICE_BYTES),
             Settings(whole(settings, "context_length", 1, MAX_CONTEXT), whole(settings, "batch_size", 1, _MAX_BATCH),
-                     cast(KVType, kv_type)),
+                     cast(KVType, kv_type), cast(LayoutChoice, layout)),
             Network(_number(network, "latency_s"), _number(network, "bytes_per_s"), network.get("is_mesh") is True),
             cast(WireName, wire), cast("Algorithm | None", algorithm))
 

@@ -67,6 +67,7 @@ class Engine:
         return logits
 
     def _run(self, batches: list[Batch]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] | None = None
         if self.collective.world_size > 1 and self.weights.resident and [one.phase for one in batches] == ["decode"]:
             with self._trace.span(f"decode {batches[0].n_tokens}", "compute"):
                 logits = self._segments.run(batches[0], self._in_segments, self.collective)

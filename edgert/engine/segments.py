@@ -168,7 +168,8 @@ class SegmentGraphs:
 
     def _place(self, segments: Sequence[Segment]) -> bool:
         """Give every graph its memory. True when the buffer had to grow."""
-        return any([self._allocator.alloc(segment.graph) for segment in segments])
+        grew = [self._allocator.alloc(segment.graph) for segment in segments]
+        return any(grew)
 
     def _drop_all(self) -> None:
         for state in self._states.values():

@@ -29,7 +29,7 @@ GREEDY = SamplingParams(temperature=0)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
-    with cluster(tmp_path_factory.mktemp("cluster"), 1) as running:
+    with cluster(tmp_path_factory.mktemp("cluster"), 1, measured=False) as running:
         yield running
 
 
