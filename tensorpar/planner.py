@@ -19,10 +19,10 @@ from tensorpar.shares import Balance, Bytes, Cut, Shard, length, shard
 
 # What a sum costs beside the wire: packing, TLS, adding, and the interpreter (benchmarks/cluster.py).
 SOFTWARE_S = 0.05e-3
-# Small operations of a layer beside the arithmetic of its matrices, as edgert/memory/model.py counts them.
-_OPS_PER_LAYER = 24
-# An answer's middle: attention over so many cached tokens.
-_N_CACHED = 512
+# What a layer takes beside the arithmetic of its matrices: some 24 small operations.
+_LAYER_S = 2e-5
+# Of a question and its answer: attention over so many cached tokens.
+N_CACHED = 256
 # Beside the weights: interpreter, libraries, compute buffers, a KV cache of middling length.
 _BESIDE_BYTES = 256 * 2**20
 # Subsets of up to this many workers are all looked at: 2**6. Of more, the fastest of every number.
@@ -84,8 +84,7 @@ def predict(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Se
             for device, one in pairs]
     together_s = (max(_attention_s(cut, hp, device.profile, one) for device, one in pairs)
                   + max(_product_s(device.profile, cut.ffn, length(one.ffn) / cut.ffn_size) for device, one in pairs)
-                  + max(device.profile.op_s for device in devices) * _OPS_PER_LAYER * hp.n_layers
-                  + _product_s(devices[0].profile, cut.leader))
+                  + _LAYER_S * hp.n_layers + _product_s(devices[0].profile, cut.leader))
     read_s = max(n_bytes / device.profile.disk_bytes_s for n_bytes, device in zip(over, devices, strict=True))
     network = network_of(devices[1:])
     network_s = 0.0
@@ -99,7 +98,7 @@ def predict(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Se
 def _attention_s(cut: Cut, hp: Hyperparameters, profile: Profile, one: Shard) -> float:
     """All layers' attention on one device: its part of the matrices, and its heads over what is cached."""
     share = length(one.heads) / cut.n_heads
-    products = 2 * length(one.heads) * hp.head_dim * _N_CACHED * hp.n_layers
+    products = 2 * length(one.heads) * hp.head_dim * N_CACHED * hp.n_layers
     return _product_s(profile, cut.attention, share) + products * profile.attend_s
 
 

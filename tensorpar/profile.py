@@ -27,7 +27,6 @@ class Profile:
     byte_s: Mapping[int, float]
     """By ggml type: seconds to multiply a byte of a matrix, in the layout that this device uses."""
     attend_s: float  # for each product of a query's or a weight's value with a cached one
-    op_s: float  # for a small operation
     disk_bytes_s: float
     memory_bytes: int
     n_threads: int
@@ -40,8 +39,7 @@ class Profile:
         types = {int(key.split("/")[0]) for key in device.multiply_s}
         byte_s = {one: min(device.multiply(one, each, learnt, 1) for each in layouts) for one in types}
         return cls(byte_s or {COMMON_TYPES[2]: device.multiply(COMMON_TYPES[2], "plain", learnt, 1)},
-                   device.attend(head_dim, learnt, 1), device.op_s * learnt,
-                   device.disk.bytes_s / device.corrected("disk"), memory_bytes, device.n_threads)
+                   device.attend(head_dim, learnt, 1), device.disk.bytes_s / device.corrected("disk"), memory_bytes, device.n_threads)
 
     def multiply(self, type_id: int, n_bytes: float) -> float:
         """Seconds to multiply a token by so many bytes of matrices."""
@@ -70,8 +68,8 @@ class Profile:
                   if isinstance(key, str) and key.isascii() and key.isdecimal() and int(key) < _MAX_TYPE_ID}
         if not byte_s:
             raise ValueError("an impossible profile")
-        attend_s, op_s = (_number(raw.get(key), _LEAST_S, _MOST_S) for key in ("attend_s", "op_s"))
-        return cls(byte_s, attend_s, op_s, _number(raw.get("disk_bytes_s"), 1.0, _MAX_BYTES), memory, threads)
+        return cls(byte_s, _number(raw.get("attend_s"), _LEAST_S, _MOST_S),
+                   _number(raw.get("disk_bytes_s"), 1.0, _MAX_BYTES), memory, threads)
 
 
 def _number(value: object, least: float, most: float) -> float:

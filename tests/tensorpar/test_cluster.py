@@ -181,7 +181,7 @@ def test_a_small_model_is_faster_alone_and_the_plan_says_so(model: Path, tmp_pat
 def test_a_worker_streams_within_its_own_budget(tiny_model: TinyModel, tmp_path: Path, at_home: AtHome,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     # A leader with room would take it all; with as little as the worker has, each gets a half.
-    small = Profile({0: 1e-10}, 1e-10, 1e-6, 1e9, 2**20, 1)
+    small = Profile({0: 1e-10}, 1e-10, 1e9, 2**20, 1)
     monkeypatch.setattr("edgert.runtime.cluster_profile", lambda *_: small)
     model = tiny_model("llama", quantisation="F32", hidden_size=512, n_layers=6, ffn_size=4096, n_heads=8,
                        n_kv_heads=4)
