@@ -47,7 +47,7 @@ from edgert.units import parse_bytes
 
 if TYPE_CHECKING:
     from edgert.text.constraint import Constraint, Constraints, JSONSchema
-    from tensorpar.leader import ClusterOptions
+    from tensorpar.workers import ClusterOptions
 
 _log = logging.getLogger(__name__)
 
@@ -77,10 +77,11 @@ class Runtime:
         stream from disk. Without it, the budget is what the machine or the control group has left. `context` and
         `batch` count tokens. Memory without a budget: the file's pages (shared with the page cache), a repacked copy
         of the matrices that compute faster so, the KV cache as it fills, and the compute buffer.
-        `speculate` "auto" guesses tokens from the text before where weights stream, so that a pass gives several: they
-        are those that the sampler chooses from the pass's logits, which batches of other sizes round otherwise. "on"
-        does so for resident weights too. With `cluster`, the paired devices compute too, and what is said about memory
-        is about this one. On a device that `edgert plan` has measured, answers correct its profile, unless `learn` is
+        `speculate` "auto" guesses tokens from the text before where weights stream, or where the devices of a cluster
+        are far from each other, so that a pass gives several: they are those that the sampler chooses from the pass's
+        logits, which batches of other sizes round otherwise. "on" does so everywhere. With `cluster`, the paired
+        devices compute too, and what is said about memory is about this one. On a device that `edgert plan` has
+        measured, answers correct its profile, unless `learn` is
         False.
         Raises ModelNotFound, ModelFileError, OutOfMemory (BudgetTooSmall), UsageError, NativeLibraryError.
         """
@@ -107,7 +108,7 @@ class Runtime:
             try:
                 tokenizer = vocabulary.result()
                 _check_vocabulary(file, tokenizer, engine.arch)
-                speculates = speculate == "on" or not engine.weights.resident
+                speculates = speculate == "on" or engine.passes_are_costly
                 return cls(file, engine, tokenizer, options.memory_bytes, tracer,
                            speculates=speculates and options.may_speculate(engine.arch), forecast=forecast)
             except BaseException:

@@ -33,6 +33,10 @@ _OF_A_PASS = frozenset((Kind.PASS, Kind.PART, Kind.SUM))
 _PASS = struct.Struct("<IIII")  # start, tokens of the whole step, rows of logits, tokens of this batch
 
 
+class MeshBroken(ClusterError):
+    """A worker has lost its link to another: both may be there, but not connected."""
+
+
 class Abandoned(ClusterError):
     """The leader has given this pass up, and says something else."""
 
@@ -93,6 +97,23 @@ class Group:
         self._rooms: dict[int, memoryview] = {}
         self.n_broadcasts = self.n_all_reduces = self.n_reduces = 0
 
+    def join(self, links: Mapping[int, Link], network: Network) -> None:
+        """From here on these links to other workers are used too."""
+        self._links, self.network = dict(sorted({**self._links, **links}.items())), network
+
+    def look(self) -> None:
+        """For whoever waits for another worker: raises Abandoned when the leader has something else to say."""
+        link = self._links[0]
+        if link.has_begun():
+            header = link.peek(MAX_DATA_BYTES)
+            if header.kind not in _OF_A_PASS or header.moment[:2] != self._moment[:2]:
+                raise Abandoned("the leader has given this pass up")
+
+    def algorithm(self, n_bytes: int) -> Algorithm:
+        """How so many bytes are summed; only a star where workers are not connected."""
+        can_choose = self.network.is_mesh or self.world_size == 2
+        return (self._algorithm if can_choose else None) or choose(n_bytes, self.world_size, self.network)
+
     # -- a pass ------------------------------------------------------------------------------------------------
     def begin(self, start: PassStart) -> None:
         """On the leader, before each step. Frames of a step that was broken off are older than all that follow."""
@@ -130,8 +151,7 @@ class Group:
     def all_reduce(self, partial: Tensor) -> Tensor:
         self.n_all_reduces += 1
         values = self._values(partial)
-        n_bytes = self._wire.n_bytes(len(values))
-        match self._algorithm or choose(n_bytes, self.world_size, self.network):
+        match self.algorithm(self._wire.n_bytes(len(values))):
             case "star":
                 self._star(values)
             case "one-shot":
@@ -258,11 +278,13 @@ class Group:
             header = link.peek(MAX_DATA_BYTES, foreseen=n_bytes)
         if header.kind is Kind.FAULT:
             fault = link.receive_message(Kind.FAULT)[1]
+            if fault.get("lost"):
+                raise MeshBroken(f"device {link.rank} has lost device {fault['lost']}")
             raise PeerLost(link.rank, str(fault.get("problem"))[:200])
         if link.rank == 0 and header.kind not in _OF_A_PASS:
             raise Abandoned("the leader has given this pass up")
         if header.moment != self._moment or header.kind is not kind:
-            if link.rank == 0 and header.moment[:2] > self._moment[:2]:
+            if self.rank and header.moment[:2] > self._moment[:2]:
                 raise Abandoned("the leader has given this pass up")
             raise BadFrame(f"{header.kind.name} {header.moment} came, {kind.name} {self._moment} was expected")
         if header.n_bytes != n_bytes:

@@ -22,6 +22,7 @@ _LOOK_EVERY_MS = 50
 # For so long a wait asks again and again before it sleeps: what comes soon then comes 30-60 us sooner, the time that
 # a sleeping core takes to wake. Between two questions, whoever else wants the core may have it.
 SPIN_S = 3e-4
+_let_others: Callable[[], None] = getattr(os, "sched_yield", lambda: None)  # not every Unix has it
 _NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 # A computation of one block of the largest batch on the slowest device; silence is noticed long before (pulse.py).
 LONGEST_WAIT_S = 300.0
@@ -37,7 +38,7 @@ class Link:
 
     def __init__(self, sock: socket.socket, rank: int = 0, check_alive: Callable[[], None] = lambda: None,
                  interrupted: Callable[[], None] = lambda: None) -> None:
-        self.rank, self.check_alive, self._interrupted = rank, check_alive, interrupted
+        self.rank, self.check_alive, self.interrupted = rank, check_alive, interrupted
         self._socket = sock
         tune(sock)
         sock.setblocking(False)
@@ -83,6 +84,12 @@ class Link:
         elif self._next.n_bytes > max_bytes:
             raise BadFrame(f"{self._next.n_bytes} bytes announced, {max_bytes} are allowed")
         return self._next
+
+    def has_begun(self) -> bool:
+        """Whether something of the next frame is here, so that `peek` will not wait for long."""
+        if self._next is not None or self._held:
+            return True
+        return self._ready(select.POLLIN, 0)
 
     def take(self, into: memoryview, within_s: float = LONGEST_WAIT_S) -> None:
         """The next frame's payload, which must be as long as `into`."""
@@ -147,11 +154,11 @@ class Link:
         try:
             while True:
                 if time.monotonic() < spin_until_s:
-                    os.sched_yield()
+                    _let_others()
                 elif not self._ready(select.POLLIN):
                     self._look(deadline_s)
                     if may_end:
-                        self._interrupted()
+                        self.interrupted()
                 try:
                     return self._socket.recv_into(into)
                 except _NOT_YET:
@@ -161,11 +168,11 @@ class Link:
         finally:
             self.waited_s += time.monotonic() - began_s
 
-    def _ready(self, event: int) -> bool:
+    def _ready(self, event: int, within_ms: int = _LOOK_EVERY_MS) -> bool:
         """Sleep until the socket can be read or written, or it is time to look."""
         poll = select.poll()
         poll.register(self._socket, event)
-        return bool(poll.poll(_LOOK_EVERY_MS))
+        return bool(poll.poll(within_ms))
 
     def _broken(self, error: OSError) -> PeerLost:
         return PeerLost(self.rank, f"the connection broke: {error.strerror or error}")

@@ -11,6 +11,7 @@ from edgert.engine.kv_cache import KVType
 from edgert.engine.layouts import LayoutChoice
 from tensorpar.collectives import Algorithm, Network
 from tensorpar.frames import BadFrame
+from tensorpar.identity import check_certificate
 from tensorpar.members import MAX_MEMBERS
 from tensorpar.slice_cache import KEY_BYTES
 from tensorpar.wire import WIRES, WireName
@@ -18,6 +19,7 @@ from tensorpar.wire import WIRES, WireName
 _MAX_BATCH = 8192
 _KEY = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", re.ASCII)
 _MAX_SLICE_BYTES = 2**44
+_MEETING = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,52 @@ class Setup:
             whole(raw, "slice_bytes", 1, _MAX_SLICE_BYTES),
             Settings(whole(settings, "context_length", 1, MAX_CONTEXT), whole(settings, "batch_size", 1, _MAX_BATCH),
                      cast(KVType, kv_type), cast(LayoutChoice, layout)),
-            Network(_number(network, "latency_s"), _number(network, "bytes_per_s"), network.get("is_mesh") is True),
+            network_of_message(network),
             cast(WireName, wire), cast("Algorithm | None", algorithm))
+
+
+@dataclass(frozen=True, slots=True)
+class Introduced:
+    """Another worker of the epoch: where it listens, and its certificate."""
+
+    rank: int
+    host: str
+    port: int
+    certificate: str
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """The others of an epoch, to one of them. `meeting` is a secret of theirs."""
+
+    meeting: str
+    others: tuple[Introduced, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of_message(cls, raw: dict[str, Any]) -> Introduction:
+        """Raises BadFrame."""
+        meeting, others = raw.get("meeting"), raw.get("others")
+        if not (isinstance(meeting, str) and _MEETING.fullmatch(meeting) and isinstance(others, list)
+                and len(others) < MAX_MEMBERS and all(isinstance(one, dict) for one in others)):
+            raise BadFrame("no introduction")
+        return cls(meeting, tuple(cls._introduced(one) for one in others))
+
+    @staticmethod
+    def _introduced(raw: dict[str, Any]) -> Introduced:
+        try:
+            certificate = check_certificate(raw.get("certificate"))
+        except ValueError as error:
+            raise BadFrame("an introduction without a certificate") from error
+        return Introduced(whole(raw, "rank", 1, MAX_MEMBERS), text(raw, "host", 255), whole(raw, "port", 1, 2**16 - 1),
+                          certificate)
+
+
+def network_of_message(raw: dict[str, Any]) -> Network:
+    """Raises BadFrame."""
+    return Network(number(raw, "latency_s"), number(raw, "bytes_per_s"), raw.get("is_mesh") is True)
 
 
 def whole(raw: dict[str, Any], key: str, least: int, most: int) -> int:
@@ -80,7 +126,7 @@ def whole(raw: dict[str, Any], key: str, least: int, most: int) -> int:
     return value
 
 
-def _number(raw: dict[str, Any], key: str) -> float:
+def number(raw: dict[str, Any], key: str) -> float:
     value = raw.get(key)
     if not isinstance(value, (int, float)) or not 0 < value < 1e15:
         raise BadFrame(f"{key} is not a positive number")

@@ -136,9 +136,9 @@ def _weights(cut: Cut, devices: Sequence[Device], balance: Balance) -> list[floa
 
 
 def network_of(workers: Sequence[Device]) -> Network:
-    """The links to all workers as one: the slowest decides. Two ranks are a mesh."""
+    """The links to all workers as one: the slowest decides. Workers are expected to reach each other."""
     return Network(max((one.latency_s for one in workers), default=1e-6),
-                   min((one.bytes_per_s for one in workers), default=1e12), is_mesh=len(workers) == 1)
+                   min((one.bytes_per_s for one in workers), default=1e12), is_mesh=True)
 
 
 def reason(chosen: Prediction, others: Sequence[Prediction]) -> str:

@@ -39,7 +39,8 @@ class Profile:
         types = {int(key.split("/")[0]) for key in device.multiply_s}
         byte_s = {one: min(device.multiply(one, each, learnt, 1) for each in layouts) for one in types}
         return cls(byte_s or {COMMON_TYPES[2]: device.multiply(COMMON_TYPES[2], "plain", learnt, 1)},
-                   device.attend(head_dim, learnt, 1), device.disk.bytes_s / device.corrected("disk"), memory_bytes, device.n_threads)
+                   device.attend(head_dim, learnt, 1), device.disk.bytes_s / device.corrected("disk"), memory_bytes,
+                   device.n_threads)
 
     def multiply(self, type_id: int, n_bytes: float) -> float:
         """Seconds to multiply a token by so many bytes of matrices."""

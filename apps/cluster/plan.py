@@ -17,10 +17,10 @@ from edgert.models.catalog import Catalog
 from edgert.paths import Paths
 from edgert.planning import EngineOptions
 from edgert.units import format_bytes
-from tensorpar.leader import ClusterOptions, Workers
 from tensorpar.members import parse_address
 from tensorpar.planner import Device, Prediction, predictions, reason
 from tensorpar.shares import Cut
+from tensorpar.workers import ClusterOptions, Workers
 
 _SHOWN = 16
 _log = logging.getLogger(__name__)

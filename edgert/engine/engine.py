@@ -49,6 +49,11 @@ class Engine:
         """Memory of the graphs' intermediate results."""
         return self._graphs.compute_bytes + self._segments.compute_bytes
 
+    @property
+    def passes_are_costly(self) -> bool:
+        """Whether most of what a pass takes is the same for one token and for several."""
+        return not self.weights.resident
+
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> NDArray[np.float32]:
         """Append tokens to the sequence. Logits (n_outputs, vocab_size) of the last ones, valid until the next step.
 

@@ -18,8 +18,10 @@ from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, cluster
 from edgert.generation import Generation
 from edgert.runtime import Runtime
 from edgert.text.sampler import SamplingParams
-from tensorpar.leader import ClusterEngine, ClusterOptions
+from tensorpar.leader import ClusterEngine
+from tensorpar.pace import Pace
 from tensorpar.profile import Profile
+from tensorpar.workers import ClusterOptions
 
 TinyModel = Callable[..., Path]
 AtHome = Callable[[Path], None]
@@ -132,6 +134,43 @@ def test_a_worker_that_comes_back_is_used_again(model: Path, tmp_path: Path, at_
             generation.result()
             assert names(runtime) == ["leader", "worker1"]
             assert generation.token_ids == expected
+
+
+def test_guesses_are_verified_in_one_pass_of_as_many_sums(model: Path, tmp_path: Path, at_home: AtHome,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgert.speculation.DraftLength.choose", lambda _, match_length, n_most: min(3, n_most))
+    monkeypatch.setattr("tensorpar.leader._FAR_S", 0.0)
+    copied = PROMPT[:6] * 5
+    with loaded(model, None) as runtime:
+        expected = runtime.generate(copied, max_tokens=24, sampling=GREEDY)
+        expected.result()
+    with cluster(tmp_path, 1, measured=False) as made:
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            generation = runtime.generate(copied, max_tokens=24, sampling=GREEDY)
+            generation.result()
+            assert generation.token_ids == expected.token_ids
+            assert generation.timings.draft_n > 0
+            collective = runtime.engine.collective
+            assert collective.n_all_reduces == collective.n_broadcasts * (2 * 4 - 1)
+
+
+def test_a_worker_that_becomes_slow_is_left_behind(model: Path, tmp_path: Path, at_home: AtHome,
+                                                   monkeypatch: pytest.MonkeyPatch,
+                                                   caplog: pytest.LogCaptureFixture) -> None:
+    expected = alone(model)
+    with cluster(tmp_path, 2, measured=False) as made, caplog.at_level(logging.WARNING):
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            times_s = iter([0.001] * 11 + [60.0] * 12)
+            passed = Pace.passed
+            monkeypatch.setattr("tensorpar.pace._SLOW", 2.0)
+            monkeypatch.setattr(Pace, "passed", lambda self, _, waited_s: passed(
+                self, (seconds := next(times_s)), dict.fromkeys(waited_s, 0.0) | {2: seconds * 0.9}))
+            generation = answer(runtime)
+            generation.result()
+            assert generation.token_ids == expected
+            assert names(runtime) == ["leader", "worker1"] and "become slow" in caplog.text
 
 
 def test_a_cancelled_answer_leaves_the_cluster_in_step(model: Path, tmp_path: Path, at_home: AtHome) -> None:

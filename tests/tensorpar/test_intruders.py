@@ -20,9 +20,9 @@ from edgert.runtime import Runtime
 from edgert.text.sampler import SamplingParams
 from tensorpar.frames import Kind, Moment, pack
 from tensorpar.identity import Identity
-from tensorpar.leader import ClusterOptions
 from tensorpar.link import Link
 from tensorpar.members import Membership
+from tensorpar.workers import ClusterOptions
 
 GREEDY = SamplingParams(temperature=0)
 
