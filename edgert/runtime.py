@@ -94,8 +94,8 @@ class Runtime:
         load_libraries()
         with ThreadPoolExecutor(1, "vocabulary") as pool:  # 0.3 s for 150k tokens, beside the weights
             vocabulary = pool.submit(_open_tokenizer, file, tracer)
-            if options.memory_bytes is not None:
-                vocabulary.result()  # a budget must know what it takes
+            if options.memory_bytes is not None or cluster is not None:
+                vocabulary.result()  # a budget must know what it takes, and links are measured in quiet
             forecast = None
             with tracer.span("weights", "load"):
                 if cluster is not None:
