@@ -158,9 +158,10 @@ def observe(model: Path, n_runs: int, kinds: Sequence[str], seed: int) -> None:
             for _ in range(n_runs):
                 index = rng.randrange(len(workers))
                 worker, host = workers[index], others[index]
-                lose = {"kill": partial(worker.signal, signal.SIGKILL), "stop": partial(worker.signal, signal.SIGSTOP),
-                        "cut": host.cut}[kind]
-                outcomes.append(lose_once(leader, lose, rng))
+                lose: dict[str, Callable[[], None]] = {
+                    "kill": partial(worker.signal, signal.SIGKILL), "stop": partial(worker.signal, signal.SIGSTOP),
+                    "cut": host.cut}
+                outcomes.append(lose_once(leader, lose[kind], rng))
                 if kind == "cut":
                     host.mend()
                 worker.kill()

@@ -113,6 +113,7 @@ def test_the_doctor_names_what_is_wrong(tmp_path: Path, pairs_of_hosts: Callable
     pair(home, tmp_path / "pi", "pi", pi.address, 7440)
     for one in (home, tmp_path / "pi"):
         as_if_measured(one)
+    as_if_measured(tmp_path / "pi")
     worker = WorkerProcess("pi", tmp_path / "pi", 7440, (), pi.prefix).start()
     try:
         status, out, _ = run(laptop, home, "cluster", "doctor")
