@@ -97,26 +97,9 @@ class Session:
 
     def _serve_one(self) -> None:
         """Answer the next frame. A failure of ours is told to the leader; the session goes on."""
-        header = self._link.peek(MAX_DATA_BYTES, _IDLE_S)
+        kind = self._link.peek(MAX_DATA_BYTES, _IDLE_S).kind
         try:
-            match header.kind:
-                case Kind.PROBE:
-                    echo(self._link)
-                case Kind.MEET:
-                    self._meet(Introduction.of_message(self._link.receive_message(Kind.MEET)[1]))
-                case Kind.DIAL if self.mesh is not None:
-                    self._link.receive_message(Kind.DIAL)
-                    self._dial(self.mesh)
-                case Kind.AGREE:
-                    self._agree(network_of_message(self._link.receive_message(Kind.AGREE)[1]))
-                case Kind.SETUP:
-                    self._set_up(Setup.of_message(self._link.receive_message(Kind.SETUP)[1]))
-                case Kind.PASS if self._engine is not None:
-                    self._follow(self._engine)
-                case Kind.PASS | Kind.PART | Kind.SUM | Kind.CHUNK:  # of something that we could not do, or gave up
-                    self._link.skip(MAX_DATA_BYTES)
-                case _:
-                    raise BadFrame(f"{header.kind.name} came")
+            self._answer(kind)
         except Abandoned:
             _log.info("the leader gave a pass up")
         except PeerLost as lost:
@@ -132,6 +115,27 @@ class Session:
             self._link.send_message(Kind.FAULT, {"problem": error.message[:300], "next_step": error.next_step[:300]})
         except MemoryError:
             self._link.send_message(Kind.FAULT, {"problem": "out of memory", "next_step": ""})
+
+    def _answer(self, kind: Kind) -> None:
+        """Do what the next frame, which is of this kind, asks for."""
+        match kind:
+            case Kind.PROBE:
+                echo(self._link)
+            case Kind.MEET:
+                self._meet(Introduction.of_message(self._link.receive_message(Kind.MEET)[1]))
+            case Kind.DIAL if self.mesh is not None:
+                self._link.receive_message(Kind.DIAL)
+                self._dial(self.mesh)
+            case Kind.AGREE:
+                self._agree(network_of_message(self._link.receive_message(Kind.AGREE)[1]))
+            case Kind.SETUP:
+                self._set_up(Setup.of_message(self._link.receive_message(Kind.SETUP)[1]))
+            case Kind.PASS if self._engine is not None:
+                self._follow(self._engine)
+            case Kind.PASS | Kind.PART | Kind.SUM | Kind.CHUNK:  # of something that we could not do, or gave up
+                self._link.skip(MAX_DATA_BYTES)
+            case _:
+                raise BadFrame(f"{kind.name} came")
 
     def _meet(self, introduction: Introduction) -> None:
         """From here on, the other workers may dial."""
