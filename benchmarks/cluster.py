@@ -4,7 +4,7 @@
     python benchmarks/cluster.py pays MODEL                    two processes on a core each against one on one core
     python benchmarks/cluster.py near-limit MODEL              time per token against compute + 2L sums, 1 ms delay
     python benchmarks/cluster.py equal MODEL                   160 tokens teacher-forced: deviations and KL, every wire
-    python benchmarks/cluster.py survives MODEL --runs 50      kill -9 and SIGSTOP at random moments
+    python benchmarks/cluster.py predicted MODEL               tokens/s as predicted and as measured, at three delays
 
 Every figure is a median; `pays` runs A and B in turn. Run it on a machine that does nothing else.
 """
@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import random
-import signal
 import socket
 import ssl
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,15 +28,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from cluster_processes import TestCluster, WorkerProcess, cluster
-from delay_relay import join, relay
+from cluster_processes import TestCluster, cluster
+from delay_relay import join
 from numpy.typing import NDArray
 
+from edgert.cpu import usable_cores
 from edgert.runtime import Runtime
+from tensorpar import link as link_module
 from tensorpar.collectives import Algorithm, Group, Network, seconds
 from tensorpar.identity import Identity
-from tensorpar.leader import ClusterEngine, ClusterOptions
+from tensorpar.leader import ClusterEngine
 from tensorpar.link import Link
+from tensorpar.planner import N_CACHED
+from tensorpar.workers import ClusterOptions
 
 _HIDDEN, _N_SUMS, _DELAYS_MS = 4096, 200, (0.0, 0.5, 1.0, 5.0)
 _PROMPT = list(range(100, 164))
@@ -92,8 +96,11 @@ def _rank(rank: int, ends: Ends, algorithm: Algorithm, identity: Identity | None
         began_s = time.perf_counter()
         group.all_reduce(tensor)
         times.append(time.perf_counter() - began_s)
+    link_module.SPIN_S, before_s = 0.0, time.process_time()  # waiting is no work
+    for _ in range(_N_SUMS):
+        group.all_reduce(tensor)
     if rank == 1:
-        result.send(_typical(times))
+        result.send((_typical(times), (time.process_time() - before_s) / _N_SUMS))
 
 
 def _typical(times: Sequence[float]) -> float:
@@ -116,8 +123,9 @@ def _gloo_rank(rank: int, n_ranks: int, path: str, result: Any) -> None:
         result.send(_typical(times))
 
 
-def _measure_sum(n_ranks: int, delay_ms: float, algorithm: Algorithm, identity: Identity | None) -> float:
-    """Milliseconds of a sum, as rank 1 sees it."""
+def _measure_sum(n_ranks: int, delay_ms: float, algorithm: Algorithm,
+                 identity: Identity | None) -> tuple[float, float]:
+    """Milliseconds of a sum, as rank 1 sees it, and of its own processor's time in it."""
     ends, pass_on = _wire(n_ranks, delay_ms)
     fork = multiprocessing.get_context("fork")
     receive, send = fork.Pipe(False)
@@ -127,7 +135,8 @@ def _measure_sum(n_ranks: int, delay_ms: float, algorithm: Algorithm, identity: 
     for process in (*relays, *ranks):
         process.start()
     try:
-        return float(receive.recv()) * 1000 if receive.poll(120) else float("nan")
+        passed_s, own_s = receive.recv() if receive.poll(120) else (float("nan"), float("nan"))
+        return passed_s * 1000, own_s * 1000
     finally:
         for process in ranks:
             process.join(20)
@@ -153,8 +162,10 @@ def _measure_gloo(n_ranks: int) -> float:
 
 
 def collectives(_: argparse.Namespace) -> None:
-    print(f"one sum of {_HIDDEN} float32, median ms at rank 1 (physical: star 2a, one-shot a, scatter 2a)\n")
-    print(f"{'ranks':>5} {'delay ms':>8} {'wire':>6} {'star':>8} {'one-shot':>9} {'scatter':>8}")
+    print(f"one sum of {_HIDDEN} float32, median ms at rank 1 (physical: star 2a, one-shot a, scatter 2a), and ms of "
+          f"its processor's time; {usable_cores()} cores\n")
+    print(f"{'ranks':>5} {'delay ms':>8} {'wire':>6} {'star':>8} {'one-shot':>9} {'scatter':>8}   {'own: star':>9} "
+          f"{'one-shot':>9} {'scatter':>8}")
     algorithms: tuple[Algorithm, ...] = ("star", "one-shot", "scatter")
     with tempfile.TemporaryDirectory() as directory:
         identity = Identity.load_or_create(Path(directory), "bench")
@@ -162,8 +173,9 @@ def collectives(_: argparse.Namespace) -> None:
             for delay_ms in _DELAYS_MS:
                 for name, who in (("plain", None), ("TLS", identity)):
                     row = [_measure_sum(n_ranks, delay_ms, one, who) for one in algorithms]
-                    print(f"{n_ranks:>5} {delay_ms:>8} {name:>6} {row[0]:>8.3f} {row[1]:>9.3f} {row[2]:>8.3f}",
-                          flush=True)
+                    passed, own = zip(*row, strict=True)
+                    print(f"{n_ranks:>5} {delay_ms:>8} {name:>6} {passed[0]:>8.3f} {passed[1]:>9.3f} {passed[2]:>8.3f}"
+                          f"   {own[0]:>9.3f} {own[1]:>9.3f} {own[2]:>8.3f}", flush=True)
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -178,10 +190,10 @@ def _step(runtime: Runtime, token_ids: Sequence[int], n_outputs: int = 1) -> NDA
     return runtime.engine.step(np.array(token_ids, np.int32), n_outputs)
 
 
-def _decode_ms(runtime: Runtime, n_tokens: int) -> float:
-    """Median milliseconds of a decoded token after a short prompt."""
+def _decode_ms(runtime: Runtime, n_tokens: int, prompt: Sequence[int] = _PROMPT) -> float:
+    """Median milliseconds of a decoded token after a prompt."""
     runtime.engine.kv.truncate(0)
-    _step(runtime, _PROMPT)
+    _step(runtime, prompt)
     times = []
     for token_id in range(200, 200 + n_tokens):
         began_s = time.perf_counter()
@@ -202,8 +214,8 @@ def _cluster(n_workers: int, options: Sequence[str] = ()) -> Iterator[TestCluste
         yield made
 
 
-def _load(model: Path, options: ClusterOptions | None, **more: Any) -> Runtime:
-    return Runtime.load(model, threads=1, context=1024, layout="plain", cluster=options, **more)
+def _load(model: Path, options: ClusterOptions | None) -> Runtime:
+    return Runtime.load(model, threads=1, context=1024, layout="plain", cluster=options)
 
 
 def pays(args: argparse.Namespace) -> None:
@@ -223,14 +235,28 @@ def pays(args: argparse.Namespace) -> None:
               f"({min(ratios):.3f} to {max(ratios):.3f}; goal 1.7); {reason}")
 
 
+@contextmanager
+def _far(port: int, delay_ms: float) -> Iterator[int]:
+    """A port that reaches another with so much delay, in a process of its own: its threads would take the interpreter
+    from the leader."""
+    process = subprocess.Popen([sys.executable, Path(__file__).with_name("delay_relay.py"), "0", f"127.0.0.1:{port}",
+                                "--ms", str(delay_ms)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+
+
 def near_limit(args: argparse.Namespace) -> None:
     """Time per token at a delay, against the slowest rank's compute and 2L sums."""
     delay_s = 1e-3
     for n_ranks in (2, 4):
         with _cluster(n_ranks - 1) as made, ExitStack() as relays:
-            ports = [relays.enter_context(relay("127.0.0.1", one.port, delay_s)) for one in made.workers]
+            ports = [relays.enter_context(_far(one.port, 1000 * delay_s)) for one in made.workers]
             _redirect(made, ports)
-            algorithms: tuple[Algorithm, ...] = ("star", "one-shot") if n_ranks == 2 else ("star",)
+            algorithms: tuple[Algorithm, ...] = ("star", "one-shot")
             for algorithm in algorithms:
                 options = ClusterOptions("all", discovery_s=0, algorithm=algorithm)
                 with _load(args.model, options) as runtime:
@@ -243,11 +269,13 @@ def near_limit(args: argparse.Namespace) -> None:
                     waited_ms = [(peer.link.waited_s - before) / 33 * 1000
                                  for peer, before in zip(engine._ranks, waited, strict=True)]
                     hp = engine.arch.hp
-                    network = Network(delay_s, 1e9, n_ranks == 2)
+                    network = Network(delay_s, 1e9, True)
                     sums_ms = 2 * hp.n_layers * 1000 * seconds(algorithm, 4 * hp.hidden_size, n_ranks,
                                                                network)
+                    limit_ms = measured_ms - sum(waited_ms) + sums_ms
                     print(f"N={n_ranks} {algorithm:<8} {measured_ms:7.2f} ms a token; 2L sums {sums_ms:7.2f} ms by "
-                          f"formula, waited {sum(waited_ms):7.2f} ms; the rest is compute", flush=True)
+                          f"formula, waited {sum(waited_ms):7.2f} ms, so {measured_ms / limit_ms:.3f}x of the leader's "
+                          f"own time and the formula (goal 1.10x); {usable_cores()} cores", flush=True)
 
 
 def _redirect(made: TestCluster, ports: Sequence[int]) -> None:
@@ -294,56 +322,38 @@ def equal(args: argparse.Namespace) -> None:
                       f"{(own / perplexity - 1) * 100:>7.2f}%", flush=True)
 
 
-def survives(args: argparse.Namespace) -> None:
-    """Lose a worker at a random moment, again and again; every answer must be that of an undisturbed one."""
-    rng = random.Random(args.seed)
-    with _cluster(2) as made:
-        with _load(args.model, None) as runtime:
-            expected = _answer(runtime, lambda _: None)[0]
-        for how, number in (("kill -9", signal.SIGKILL), ("SIGSTOP", signal.SIGSTOP)):
-            pauses, n_equal = [], 0
-            for _ in range(args.runs):
-                victim, moment = rng.choice(made.workers), rng.randrange(0, 40)
-                with _load(args.model, ClusterOptions("all", discovery_s=0)) as runtime:
-                    got, pause_s = _answer(runtime, _lose_at(moment, victim, number))
-                n_equal += got == expected
-                pauses.append(pause_s)
-                victim.kill()
-                victim.start()
-            print(f"{how}: {args.runs} answers finished, {n_equal} with the tokens of one device alone; longest pause "
-                  f"median {statistics.median(pauses):.2f} s, worst {max(pauses):.2f} s (goal 5 s and the prefill)",
-                  flush=True)
-
-
-def _lose_at(moment: int, victim: WorkerProcess, number: int) -> Callable[[int], None]:
-    return lambda n_tokens: victim.signal(number) if n_tokens == moment else None
-
-
-def _answer(runtime: Runtime, at: Callable[[int], None]) -> tuple[list[int], float]:
-    from edgert.text.sampler import SamplingParams
-
-    at(0)
-    generation = runtime.generate(_PROMPT, max_tokens=48, sampling=SamplingParams(temperature=0))
-    longest_s, before_s = 0.0, time.perf_counter()
-    for number, _ in enumerate(generation, start=1):
-        now_s = time.perf_counter()
-        longest_s, before_s = max(longest_s, now_s - before_s), now_s
-        at(number)
-    return generation.token_ids, longest_s
+def predicted(args: argparse.Namespace) -> None:
+    """Tokens/s as predicted and as measured, alone and together, after as many tokens as predictions are for."""
+    prompt = [100 + number % 100 for number in range(N_CACHED - 16)]
+    _pin(os.getpid(), 0)
+    for delay_ms in (0.0, 1.0, 5.0):
+        with _cluster(1) as made, ExitStack() as relays:
+            for one in made.workers:
+                assert one.process is not None
+                _pin(one.process.pid, 1)
+            _redirect(made, [relays.enter_context(_far(one.port, delay_ms)) if delay_ms else one.port
+                             for one in made.workers])
+            for devices in (1, 2):
+                with _load(args.model, ClusterOptions(devices, discovery_s=0)) as runtime:
+                    expected = cast(ClusterEngine, runtime.engine).prediction.tokens_per_s
+                    got = 1000 / _decode_ms(runtime, 32, prompt)
+                    print(f"{delay_ms} ms, {devices} devices: {expected:.2f} tokens/s predicted, {got:.2f} measured "
+                          f"({(expected / got - 1) * 100:+.0f} %)", flush=True)
+            with _load(args.model, ClusterOptions("auto", discovery_s=0)) as runtime:
+                print(f"{delay_ms} ms, left to itself: {runtime.plan()['cluster']['reason']}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for name, function, n_runs in (("collectives", collectives, 0), ("pays", pays, 5), ("near-limit", near_limit, 0),
-                                   ("equal", equal, 0), ("survives", survives, 50)):
+                                   ("equal", equal, 0), ("predicted", predicted, 0)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         if function is not collectives:
             command.add_argument("model", type=Path)
         if n_runs:
             command.add_argument("--runs", type=int, default=n_runs)
-            command.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.function(args)
 

@@ -85,7 +85,8 @@ def main() -> None:
     parser.add_argument("--ms", type=float, required=True)
     args = parser.parse_args()
     host, _, port = args.target.rpartition(":")
-    with relay(host, int(port), args.ms / 1000, args.listen_port):
+    with relay(host, int(port), args.ms / 1000, args.listen_port) as bound:
+        print(bound, flush=True)
         threading.Event().wait()
 
 

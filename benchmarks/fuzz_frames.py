@@ -32,7 +32,7 @@ from tensorpar.slice_cache import SliceCache
 # What a case may take beside what the stream itself holds: a frame's bound is checked before memory is taken.
 _ALLOCATION_BYTES = 2**20
 _NETWORK = Network(1e-4, 1e9, True)
-_SETUP = Setup(1, 1, 2, "00" * 32, 1000, Settings(64, 16, "f16"), _NETWORK, "f32", None)
+_SETUP = Setup(1, 1, 2, "00" * 32, 1000, Settings(64, 16, "f16", "auto"), _NETWORK, "f32", None)
 _INTERESTING = (0, 1, 2, 7, 24, 63, 64, 255, 256, 2**15, 2**16, 2**18, 2**28, 2**28 + 1, 2**31 - 1, 2**31, 2**32 - 1)
 
 
@@ -53,7 +53,7 @@ class Stream:
     def send(self, data: memoryview) -> int:
         return len(data)
 
-    def settimeout(self, _: float) -> None: ...
+    def setblocking(self, _: bool) -> None: ...
 
     def setsockopt(self, *_: int) -> None: ...
 

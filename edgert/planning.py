@@ -70,6 +70,12 @@ class EngineOptions:
     kv_budget: int | Literal["full"] | None = None  # tokens that a step attends to; None leaves it to the plan
     kv_store: Path | None = None  # where keys and values lie that have no room in memory
 
+    @property
+    def settled_layout(self) -> LayoutChoice:
+        """Within a budget weights are as the file holds them, resident or streamed: the budget never changes an
+        answer."""
+        return "plain" if self.memory_bytes is not None and self.layout == "auto" else self.layout
+
     def may_speculate(self, arch: Architecture) -> bool:
         """Never with experts: each token of a pass brings its own, so that bytes grow with guesses, right or wrong."""
         return self.speculate != "off" and arch.hp.n_experts == 0
@@ -250,10 +256,8 @@ def check_options(options: EngineOptions) -> None:
 
 
 def _layouts(file: ModelFile, backend: Backend, options: EngineOptions, paths: Paths) -> Layouts:
-    """Within a budget weights are as the file holds them, resident or streamed: the budget never changes an answer."""
-    layout = "plain" if options.memory_bytes is not None and options.layout == "auto" else options.layout
     matrices = frozenset(t.type.id for t in file.tensors.values() if len(t.shape) > 1)
-    return choose_layouts(layout, backend, matrices, paths.cache / "layouts.json")
+    return choose_layouts(options.settled_layout, backend, matrices, paths.cache / "layouts.json")
 
 
 def context_length_of(arch: Architecture, options: EngineOptions) -> int:

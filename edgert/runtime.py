@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from edgert.architectures.base import Architecture
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
+from edgert.device import cluster_profile, matrix_types
 from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.collective import Collective
 from edgert.engine.engine import Engine
@@ -49,7 +50,7 @@ from edgert.units import parse_bytes
 if TYPE_CHECKING:
     from edgert.text.constraint import Constraint, Constraints, JSONSchema
     from retrieval.sessions import Session
-    from tensorpar.leader import ClusterOptions
+    from tensorpar.workers import ClusterOptions
 
 _log = logging.getLogger(__name__)
 
@@ -84,14 +85,14 @@ class Runtime:
         stream from disk. Without it, the budget is what the machine or the control group has left. `context` and
         `batch` count tokens. Memory without a budget: the file's pages (shared with the page cache), a repacked copy
         of the matrices that compute faster so, the KV cache as it fills, and the compute buffer.
-        `speculate` "auto" guesses tokens from the text before where weights stream, so that a pass gives several: they
-        are those that the sampler chooses from the pass's logits, which batches of other sizes round otherwise. "on"
-        does so for resident weights too. `kv_budget` is how many cached tokens a step attends to, "full" for all of
-        them; None leaves it to the memory manager, which attends to all of them unless a memory budget has no room.
-        Keys and values that have no room lie in the directory `kv_store`. `session` names a text whose keys and values
-        `save_session` keeps on disk: they are there again, and not computed, whenever it is named.
-        With `cluster`, the paired devices compute too, and what is said about memory
-        is about this one. On a device that `edgert plan` has measured, answers correct its profile, unless `learn` is
+        `speculate` "auto" guesses tokens from the text before where weights stream, or where the devices of a cluster
+        are far from each other, so that a pass gives several: they are those that the sampler chooses from the pass's
+        logits, which batches of other sizes round otherwise. "on" does so everywhere. `kv_budget` is how many cached
+        tokens a step attends to, "full" for all of them; None leaves it to the memory manager, which attends to all of
+        them unless a memory budget has no room. Keys and values that have no room lie in the directory `kv_store`.
+        `session` names a text whose keys and values `save_session` keeps on disk: they are there again, and not
+        computed, whenever it is named. With `cluster`, the paired devices compute too, and what is said about memory is
+        about this one. On a device that `edgert plan` has measured, answers correct its profile, unless `learn` is
         False.
         Raises ModelNotFound, ModelFileError, OutOfMemory (BudgetTooSmall), UsageError, NativeLibraryError.
         """
@@ -109,8 +110,8 @@ class Runtime:
         load_libraries()
         with ThreadPoolExecutor(1, "vocabulary") as pool:  # 0.3 s for 150k tokens, beside the weights
             vocabulary = pool.submit(_open_tokenizer, file, tracer)
-            if options.memory_bytes is not None:
-                vocabulary.result()  # a budget must know what it takes
+            if options.memory_bytes is not None or cluster is not None:
+                vocabulary.result()  # a budget must know what it takes, and links are measured in quiet
             forecast = None
             with tracer.span("weights", "load"):
                 if cluster is not None:
@@ -123,7 +124,7 @@ class Runtime:
             try:
                 tokenizer = vocabulary.result()
                 _check_vocabulary(file, tokenizer, engine.arch)
-                speculates = speculate == "on" or not engine.weights.resident
+                speculates = speculate == "on" or engine.passes_are_costly
                 with tracer.span("session", "load"):
                     return cls(file, engine, tokenizer, options.memory_bytes, tracer,
                                speculates=speculates and options.may_speculate(engine.arch), forecast=forecast,
@@ -309,14 +310,14 @@ def _open_cluster(file: ModelFile, paths: Paths, options: EngineOptions, cluster
     """The engine of the device that leads a cluster."""
     from tensorpar.leader import ClusterEngine
     from tensorpar.messages import Settings
-    from tensorpar.profile import measure
 
     arch = open_architecture(file)
     context_length = context_length_of(arch, options)
     options = replace(options, context=context_length)
+    profile = cluster_profile(paths, options, matrix_types(file), arch.hp.head_dim, file.path)
     return ClusterEngine(
-        file, arch, paths, measure(options.n_threads, options.memory_bytes),
-        Settings(context_length, options.batch_size, options.kv_type),
+        file, arch, paths, profile,
+        Settings(context_length, options.batch_size, options.kv_type, options.settled_layout),
         lambda part, collective: open_engine(part, paths, options, trace, collective), cluster)
 
 

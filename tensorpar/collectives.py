@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -25,8 +26,15 @@ from tensorpar.wire import WIRES, Floats, WireName
 Algorithm = Literal["star", "one-shot", "scatter"]
 # Ranks that send to each other at once send this much before they read: it always fits the sockets' buffers.
 _PIECE_BYTES = 2**16
+# Tensors whose memory is known as an array; each batch shape has two.
+_MAX_ARRAYS = 64
+_NOTHING: tuple[Tensor | None, int, Floats] = (None, 0, np.empty(0, np.float32))
 _OF_A_PASS = frozenset((Kind.PASS, Kind.PART, Kind.SUM))
 _PASS = struct.Struct("<IIII")  # start, tokens of the whole step, rows of logits, tokens of this batch
+
+
+class MeshBroken(ClusterError):
+    """A worker has lost its link to another: both may be there, but not connected."""
 
 
 class Abandoned(ClusterError):
@@ -63,6 +71,7 @@ def seconds(algorithm: Algorithm, n_bytes: int, n_ranks: int, network: Network) 
             return 2 * network.latency_s + 2 * (n_ranks - 1) / n_ranks * transfer_s
 
 
+@lru_cache(maxsize=256)
 def choose(n_bytes: int, n_ranks: int, network: Network) -> Algorithm:
     """The fastest way to sum so many bytes. Two ranks are a mesh always."""
     if n_ranks > 2 and not network.is_mesh:
@@ -84,7 +93,26 @@ class Group:
         self._links = dict(sorted(links.items()))
         self._moment = Moment(epoch)
         self._pass = PassStart(0, 0, 0)
+        self._arrays: dict[int, tuple[Tensor | None, int, Floats]] = {}
+        self._rooms: dict[int, memoryview] = {}
         self.n_broadcasts = self.n_all_reduces = self.n_reduces = 0
+
+    def join(self, links: Mapping[int, Link], network: Network) -> None:
+        """From here on these links to other workers are used too."""
+        self._links, self.network = dict(sorted({**self._links, **links}.items())), network
+
+    def look(self) -> None:
+        """For whoever waits for another worker: raises Abandoned when the leader has something else to say."""
+        link = self._links[0]
+        if link.has_begun():
+            header = link.peek(MAX_DATA_BYTES)
+            if header.kind not in _OF_A_PASS or header.moment[:2] != self._moment[:2]:
+                raise Abandoned("the leader has given this pass up")
+
+    def algorithm(self, n_bytes: int) -> Algorithm:
+        """How so many bytes are summed; only a star where workers are not connected."""
+        can_choose = self.network.is_mesh or self.world_size == 2
+        return (self._algorithm if can_choose else None) or choose(n_bytes, self.world_size, self.network)
 
     # -- a pass ------------------------------------------------------------------------------------------------
     def begin(self, start: PassStart) -> None:
@@ -122,15 +150,20 @@ class Group:
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         self.n_all_reduces += 1
-        values = Backend.array(partial).reshape(-1)
-        algorithm = self._algorithm or choose(self._wire.n_bytes(len(values)), self.world_size, self.network)
-        {"star": self._star, "one-shot": self._one_shot, "scatter": self._scatter}[algorithm](values)
+        values = self._values(partial)
+        match self.algorithm(self._wire.n_bytes(len(values))):
+            case "star":
+                self._star(values)
+            case "one-shot":
+                self._one_shot(values)
+            case "scatter":
+                self._scatter(values)
         self._advance()
         return partial
 
     def reduce(self, partial: Tensor) -> Tensor:
         self.n_reduces += 1
-        values = Backend.array(partial).reshape(-1)
+        values = self._values(partial)
         if self.rank:
             self._links[0].send(Kind.PART, self._moment, self._wire.encode(values))
         else:
@@ -139,38 +172,54 @@ class Group:
         return partial
 
     def _advance(self) -> None:
-        self._moment = self._moment._replace(turn=self._moment.turn + 1)
+        self._moment = Moment(self._moment.epoch, self._moment.number, self._moment.turn + 1)
+
+    def _values(self, tensor: Tensor) -> Floats:
+        """The tensor's memory, flat. A layer asks for the same again and again, and making an array takes 5 us."""
+        tensor_, data, values = self._arrays.get(id(tensor), _NOTHING)
+        if tensor_ is not tensor or data != tensor.data:
+            if len(self._arrays) >= _MAX_ARRAYS:
+                self._arrays.clear()
+            values = Backend.array(tensor).reshape(-1)
+            self._arrays[id(tensor)] = tensor, tensor.data, values
+        return values
+
+    def _room(self, rank: int, n_bytes: int) -> memoryview:
+        """Where the next `n_bytes` of this rank come; the same memory each time."""
+        room = self._rooms.get(rank)
+        if room is None or len(room) < n_bytes:
+            room = self._rooms[rank] = memoryview(bytearray(n_bytes))
+        return room[:n_bytes]
 
     # -- the three ways ----------------------------------------------------------------------------------------
     def _star(self, values: Floats) -> None:
         wire = self._wire
+        encoded = wire.encode(values)
         if self.rank:
-            self._links[0].send(Kind.PART, self._moment, wire.encode(values))
-            raw = memoryview(bytearray(wire.n_bytes(len(values))))
+            self._links[0].send(Kind.PART, self._moment, encoded)
+            raw = self._room(0, len(encoded))
             self._receive(self._links[0], Kind.SUM, raw)
-            wire.decode(raw, values)
+            values[:] = wire.decode(raw, len(values))
             return
         self._gather(values)
         encoded = wire.encode(values)
         for link in self._links.values():
             link.send(Kind.SUM, self._moment, encoded)
-        if not wire.is_exact:
-            wire.decode(encoded, values)
+        self._take_as_sent(values, encoded)
 
     def _gather(self, values: Floats) -> None:
         """The sum of all parts, on the leader."""
-        self._own_as_sent(values)
-        raw = memoryview(bytearray(self._wire.n_bytes(len(values))))
-        part = np.empty_like(values)
-        for link in self._links.values():
+        self._take_as_sent(values)
+        for rank, link in self._links.items():
+            raw = self._room(rank, self._wire.n_bytes(len(values)))
             self._receive(link, Kind.PART, raw)
-            self._wire.decode(raw, part)
-            values += part
+            values += self._wire.decode(raw, len(values))
 
     def _one_shot(self, values: Floats) -> None:
         encoded = self._wire.encode(values)
-        received = {rank: memoryview(bytearray(len(encoded))) for rank in self._links}
+        received = {rank: self._room(rank, len(encoded)) for rank in self._links}
         self._swap(Kind.PART, dict.fromkeys(self._links, encoded), received)
+        self._take_as_sent(values, encoded)
         self._add_in_order(values, received)
 
     def _scatter(self, values: Floats) -> None:
@@ -179,32 +228,31 @@ class Group:
         bounds = [len(values) * rank // self.world_size // 32 * 32 for rank in range(self.world_size)] + [len(values)]
         ranges = [values[start:end] for start, end in pairwise(bounds)]
         own = ranges[self.rank]
-        received = {rank: memoryview(bytearray(wire.n_bytes(len(own)))) for rank in self._links}
+        received = {rank: self._room(rank, wire.n_bytes(len(own))) for rank in self._links}
         self._swap(Kind.PART, {rank: wire.encode(ranges[rank]) for rank in self._links}, received)
+        self._take_as_sent(own)
         self._add_in_order(own, received)
         encoded = wire.encode(own)
-        sums = {rank: memoryview(bytearray(wire.n_bytes(len(ranges[rank])))) for rank in self._links}
+        sums = {rank: self._room(rank, wire.n_bytes(len(ranges[rank]))) for rank in self._links}
         self._swap(Kind.SUM, dict.fromkeys(self._links, encoded), sums)
-        if not wire.is_exact:
-            wire.decode(encoded, own)
+        self._take_as_sent(own, encoded)
         for rank, raw in sums.items():
-            wire.decode(raw, ranges[rank])
+            ranges[rank][:] = wire.decode(raw, len(ranges[rank]))
 
     def _add_in_order(self, values: Floats, received: Mapping[int, memoryview]) -> None:
         """values = the sum of all ranks' parts, in rank order; this rank's is in `values`."""
-        self._own_as_sent(values)
-        parts = {self.rank: values.copy() if self.rank else values}
-        for rank, raw in received.items():
-            parts[rank] = np.empty_like(values)
-            self._wire.decode(raw, parts[rank])
-        total = parts[0]
+        if len(received) == 1:  # of two numbers the order does not matter
+            values += self._wire.decode(next(iter(received.values())), len(values))
+            return
+        total = values if self.rank == 0 else self._wire.decode(received[0], len(values))
         for rank in range(1, self.world_size):
-            total += parts[rank]
+            total += values if rank == self.rank else self._wire.decode(received[rank], len(values))
         values[:] = total
 
-    def _own_as_sent(self, values: Floats) -> None:
+    def _take_as_sent(self, values: Floats, encoded: memoryview | None = None) -> None:
+        """Let `values` be what the others decode of them."""
         if not self._wire.is_exact:
-            self._wire.decode(self._wire.encode(values), values)
+            values[:] = self._wire.decode(self._wire.encode(values) if encoded is None else encoded, len(values))
 
     # -- frames ------------------------------------------------------------------------------------------------
     def _swap(self, kind: Kind, out: Mapping[int, memoryview], into: Mapping[int, memoryview]) -> None:
@@ -224,15 +272,19 @@ class Group:
 
     def _expect(self, link: Link, kind: Kind, n_bytes: int) -> None:
         """Drop what an abandoned pass left; then the frame that belongs here is next. Raises Abandoned, BadFrame."""
-        while (header := link.peek(MAX_DATA_BYTES)).kind in _OF_A_PASS and header.moment < self._moment:
+        header = link.peek(MAX_DATA_BYTES, foreseen=n_bytes)
+        while header.kind in _OF_A_PASS and header.moment < self._moment:
             link.skip(MAX_DATA_BYTES)
+            header = link.peek(MAX_DATA_BYTES, foreseen=n_bytes)
         if header.kind is Kind.FAULT:
             fault = link.receive_message(Kind.FAULT)[1]
+            if fault.get("lost"):
+                raise MeshBroken(f"device {link.rank} has lost device {fault['lost']}")
             raise PeerLost(link.rank, str(fault.get("problem"))[:200])
         if link.rank == 0 and header.kind not in _OF_A_PASS:
             raise Abandoned("the leader has given this pass up")
         if header.moment != self._moment or header.kind is not kind:
-            if link.rank == 0 and header.moment[:2] > self._moment[:2]:
+            if self.rank and header.moment[:2] > self._moment[:2]:
                 raise Abandoned("the leader has given this pass up")
             raise BadFrame(f"{header.kind.name} {header.moment} came, {kind.name} {self._moment} was expected")
         if header.n_bytes != n_bytes:

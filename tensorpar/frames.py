@@ -9,7 +9,6 @@ names, nothing that is not a number.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -41,6 +40,9 @@ class Kind(IntEnum):
     PROBE = 11  # to be sent back as it is: latency and bandwidth
     SPAKE = 12  # pairing (tensorpar/pairing.py)
     CONFIRM = 13
+    MEET = 14  # leader to worker: who the other workers are; JSON, as AGREE
+    DIAL = 15  # leader to worker: all know each other now, so connect to them
+    AGREE = 16  # leader to worker: how quick the network is, and whether all are connected
 
 
 class BadFrame(ClusterError):
@@ -60,8 +62,7 @@ class Moment(NamedTuple):
     turn: int = 0  # within the pass
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     kind: Kind
     moment: Moment
     n_bytes: int
@@ -78,7 +79,7 @@ def unpack(raw: bytes | memoryview, max_bytes: int) -> Header:
         raise BadFrame("the magic number is missing")
     if version != VERSION:
         raise BadFrame(f"protocol version {version}, this is {VERSION}")
-    if reserved or not Kind.HELLO <= kind <= Kind.CONFIRM:
+    if reserved or not Kind.HELLO <= kind <= Kind.AGREE:
         raise BadFrame(f"unknown kind {kind}")
     if n_bytes > max_bytes:
         raise BadFrame(f"{n_bytes} bytes announced, {max_bytes} are allowed")

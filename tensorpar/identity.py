@@ -119,9 +119,14 @@ def check_name(text: object) -> str:
 
 def _check_pinned(tls: ssl.SSLSocket, certificates: Sequence[str]) -> None:
     """The peer's own certificate is one of these: what one of them may have signed does not count."""
-    der = tls.getpeercert(binary_form=True) or b""
-    if not any(hmac.compare_digest(der, ssl.PEM_cert_to_DER_cert(one)) for one in certificates):
+    if not is_one_of(tls, certificates):
         raise ssl.SSLError("the certificate is not the pinned one")
+
+
+def is_one_of(tls: ssl.SSLSocket, certificates: Sequence[str]) -> bool:
+    """Whether the peer's certificate is one of these, to the byte."""
+    der = tls.getpeercert(binary_form=True) or b""
+    return any(hmac.compare_digest(der, ssl.PEM_cert_to_DER_cert(one)) for one in certificates)
 
 
 def _reason(error: Exception) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,10 @@ from edgert.errors import ClusterError, OutOfMemory, PeerLost
 from edgert.ggml.backend import Cancelled
 from edgert.gguf.model_file import ModelFile
 from edgert.paths import Paths
-from tensorpar import discovery
-from tensorpar.collectives import Algorithm, Group, Network, PassStart
-from tensorpar.members import Member, Membership
-from tensorpar.messages import Settings, Setup
+from tensorpar.collectives import Group, MeshBroken, Network, PassStart
+from tensorpar.members import Membership
+from tensorpar.messages import Introduced, Introduction, Settings, Setup
+from tensorpar.pace import Pace
 from tensorpar.peer import Peer
 from tensorpar.planner import Device, Prediction, predict, predictions, reason
 from tensorpar.plans import WORTH_KEEPING, Plans
@@ -35,10 +35,10 @@ from tensorpar.profile import Profile
 from tensorpar.shares import Cut, Shard, merge
 from tensorpar.slice_cache import SliceCache
 from tensorpar.slice_file import SliceFile
-from tensorpar.wire import WireName
+from tensorpar.workers import ClusterOptions, Workers
 
-Devices = Literal["auto", "all"] | int
-_DISCOVERY_S = 1.0
+# One way: from here on, the 2L sums of a pass take longer than what a guess or two cost in computing.
+_FAR_S = 3e-4
 # Looking for devices that are away takes up to some seconds: not before every answer of a conversation.
 _LOOK_AGAIN_S = 10.0
 _log = logging.getLogger(__name__)
@@ -48,73 +48,6 @@ class OpenRank(Protocol):
     """Opens a model file (the model's own, or a slice) with the user's settings, as rank 0 of a collective."""
 
     def __call__(self, file: ModelFile, collective: Collective) -> Engine: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterOptions:
-    """How many devices: `auto` takes what is predicted to be fastest, `all` everybody who is there. `peers` are
-    addresses to try beside those that are known."""
-
-    devices: Devices = "auto"
-    peers: tuple[tuple[str, int], ...] = ()
-    wire: WireName = "f32"
-    algorithm: Algorithm | None = None
-    discovery_s: float = _DISCOVERY_S
-
-
-class Workers:
-    """The connected workers, and how those that are away are reached again."""
-
-    def __init__(self, membership: Membership, options: ClusterOptions, interrupted: Callable[[], None]) -> None:
-        self._membership, self._options, self._interrupted = membership, options, interrupted
-        self.connected: list[Peer] = []
-
-    def connect(self) -> list[str]:
-        """Dial every member that is not connected, all at once, where it was last and then where mDNS sees it; why
-        others are missing, a sentence each."""
-        names = {one.member.name for one in self.connected}
-        missing = [one for one in self._membership.members if one.name not in names]
-        known = {one.name: [*self._options.peers, *([(one.host, one.port)] if one.host else [])] for one in missing}
-        problems = self._dial_all(missing, known)
-        missing = [one for one in missing if one.name in problems]
-        if missing and self._options.discovery_s:
-            wanted = frozenset(one.fingerprint for one in missing)
-            sightings = discovery.browse("work", self._options.discovery_s, wanted)
-            seen = {one.name: [(host, sighting.port) for sighting in sightings for host in sighting.hosts
-                               if one.fingerprint.startswith(sighting.fingerprint)] for one in missing}
-            again = [one for one in missing if seen[one.name]]
-            problems = {**{one.name: problems[one.name] for one in missing if one not in again},
-                        **self._dial_all(again, seen)}
-        return list(problems.values())
-
-    def _dial_all(self, members: Sequence[Member], addresses: Mapping[str, list[tuple[str, int]]]) -> dict[str, str]:
-        """Connect those who answer; by name, why others do not."""
-        problems: dict[str, str] = {}
-        if members:
-            with ThreadPoolExecutor(len(members), "dial") as pool:
-                for member, found in zip(members, pool.map(lambda one: self._dial(one, addresses[one.name]), members),
-                                         strict=True):
-                    if isinstance(found, Peer):
-                        self.connected.append(found)
-                    else:
-                        problems[member.name] = found
-        return problems
-
-    def _dial(self, member: Member, addresses: Sequence[tuple[str, int]]) -> Peer | str:
-        try:
-            return Peer.connect(member, self._membership.identity, secrets.token_hex(8), dict.fromkeys(addresses),
-                                self._interrupted)
-        except ClusterError as error:
-            return f"{member.name} is left out: {error.message}"
-
-    def drop(self, peer: Peer) -> None:
-        self.connected.remove(peer)
-        peer.close()
-
-    def close(self) -> None:
-        for peer in self.connected:
-            peer.close()
-        self.connected = []
 
 
 class ClusterEngine(Engine):
@@ -133,8 +66,11 @@ class ClusterEngine(Engine):
         self._ranks: list[Peer] = []  # of the running epoch, rank 1 first
         self._shards: tuple[Shard, ...] = ()
         self._epoch, self._token_ids = 0, list[int]()
-        self._reason, self._in_pass = "", False
+        self._reason, self._in_pass, self._may_mesh = "", False, True
+        self.prediction: Prediction
         self._inner: Engine | None = None
+        self._pace = Pace()
+        self._slow: int | None = None
         try:
             for problem in self._workers.connect():
                 _log.warning("%s", problem)
@@ -148,16 +84,23 @@ class ClusterEngine(Engine):
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> NDArray[np.float32]:
         del self._token_ids[self.kv.length:]
         wanted = [*self._token_ids, *token_ids.tolist()]
+        self._leave_behind_slow()
         while True:
             missing = np.array(wanted[self.kv.length:], np.int32)
             try:
                 if isinstance(self.collective, Group):
                     self._begin(self.collective, PassStart(self.kv.length, len(missing), n_outputs))
+                began_s, waited_s = time.monotonic(), self._waited_s()
                 logits = super().step(missing, n_outputs)
+                if len(missing) == 1:
+                    self._slow = self._pace.passed(time.monotonic() - began_s, {
+                        rank: now_s - waited_s[rank] for rank, now_s in self._waited_s().items()})
                 self._token_ids, self._in_pass = wanted, False
                 return logits
             except PeerLost as lost:
                 self._go_on_without(lost)
+            except MeshBroken as broken:
+                self._go_on_without_mesh(broken)
 
     def _begin(self, group: Group, start: PassStart) -> None:
         """Ready all ranks for a pass. Refuses a prompt that does not fit before anybody hears of it."""
@@ -167,6 +110,11 @@ class ClusterEngine(Engine):
                 peer.flush()
         self._in_pass = True
         group.begin(start)
+
+    @property
+    def passes_are_costly(self) -> bool:
+        is_far = isinstance(self.collective, Group) and self.collective.network.latency_s > _FAR_S
+        return is_far or super().passes_are_costly
 
     def refresh(self) -> None:
         """Between two requests: devices that are back, or new, are used from here on."""
@@ -185,7 +133,9 @@ class ClusterEngine(Engine):
         peer_bytes = {one.member.name: (one.link.sent_bytes, one.link.received_bytes) for one in self._ranks}
         return {**super().plan(), "cluster": {"devices": ranks, "epoch": self._epoch, "reason": self._reason,
                                               "sent_slice_bytes": sent, "peer_bytes": peer_bytes,
-                                              "wire": self._options.wire}}
+                                              "wire": self._options.wire,
+                                              "is_mesh": isinstance(self.collective, Group)
+                                              and self.collective.network.is_mesh}}
 
     def close(self) -> None:
         if self._inner is not None:
@@ -208,15 +158,14 @@ class ClusterEngine(Engine):
             by_name = {one.member.name: one for one in self._workers.connected}
             try:
                 self._establish([by_name[name] for name in plan.devices[1:]], plan.shards, plan.network)
+                self.prediction = plan
                 return
             except PeerLost as lost:
                 self._report(lost)
                 self._workers.drop(self._peer(lost))
 
     def _choose(self) -> Prediction:
-        devices = [Device(self._name, self._profile),
-                   *(Device(one.member.name, one.profile, one.latency_s, one.bytes_per_s)
-                     for one in self._workers.connected)]
+        devices = [Device(self._name, self._profile), *map(self._device, self._workers.connected)]
         found = predictions(self._cut, self._whole.hp, devices)
         wanted: int | None = None
         if self._options.devices != "auto":
@@ -243,7 +192,7 @@ class ClusterEngine(Engine):
     def _establish(self, peers: list[Peer], shards: tuple[Shard, ...], network: Network) -> None:
         """Open an epoch: every rank gets its slice and opens it, all at once. Raises PeerLost."""
         self._epoch += 1
-        self._in_pass = False
+        self._in_pass, self._pace, self._slow = False, Pace(), None
         self._ranks, self._shards = peers, shards
         for rank, peer in enumerate(peers, start=1):
             peer.assign(rank)
@@ -257,14 +206,46 @@ class ClusterEngine(Engine):
             own = self._own_slice(slices[0])
             for one in pending:
                 one.result()
+        if len(peers) > 1:
+            network = self._introduce(peers, network)
         links = {rank: peer.link for rank, peer in enumerate(peers, start=1)}
+        for peer in peers:
+            peer.link.check_alive = self._check_all  # one may wait for another
         group = Group(0, len(shards), links, epoch=self._epoch, network=network, wire=self._options.wire,
                       algorithm=self._options.algorithm)
         self._adopt(self._open_rank(own, group))
 
     def _setup(self, rank: int, slice_file: SliceFile, network: Network) -> Setup:
+        if len(self._shards) > 2:
+            network = replace(network, is_mesh=False)  # until all have met
         return Setup(self._epoch, rank, len(self._shards), slice_file.key.hex(), slice_file.size_bytes, self._settings,
                      network, self._options.wire, self._options.algorithm)
+
+    def _introduce(self, peers: Sequence[Peer], network: Network) -> Network:
+        """Let the workers connect to each other, so that sums need not pass through here. The network as it then is.
+        Raises PeerLost."""
+        network = replace(network, is_mesh=False)
+        if self._may_mesh and self._options.algorithm != "star":
+            meeting = secrets.token_hex(16)
+            all_ = [Introduced(rank, one.host, one.port, one.member.certificate)
+                    for rank, one in enumerate(peers, start=1)]
+            with ThreadPoolExecutor(len(peers), "meet") as pool:
+                introduced = [pool.submit(peer.introduce, Introduction(meeting, tuple(
+                    one for one in all_ if one.rank != rank))) for rank, peer in enumerate(peers, start=1)]
+                for one in introduced:
+                    one.result()
+                speeds = [one.result() for one in [pool.submit(peer.meet) for peer in peers]]
+            if all(speeds):
+                found = [one for one in speeds if one is not None]
+                network = Network(max(network.latency_s, *(one.latency_s for one in found)),
+                                  min(network.bytes_per_s, *(one.bytes_per_s for one in found)), is_mesh=True)
+        for peer in peers:
+            peer.agree(network)
+        return network
+
+    def _check_all(self) -> None:
+        for peer in self._ranks:
+            peer.check_alive()
 
     def _own_slice(self, slice_file: SliceFile) -> ModelFile:
         if not self._cache.has(slice_file.key):
@@ -280,6 +261,32 @@ class ClusterEngine(Engine):
                 engine.cancel()
             before.close()
         self.become(engine)
+
+    # -- who is slow -------------------------------------------------------------------------------------------
+    def _waited_s(self) -> dict[int, float]:
+        """By rank, how long it was waited for since it is connected."""
+        return {rank: peer.link.waited_s for rank, peer in enumerate(self._ranks, start=1)}
+
+    def _leave_behind_slow(self) -> None:
+        """Go on without a device that has become slow, where that is predicted to be faster than it is now."""
+        rank, self._slow = self._slow, None
+        if rank is None:
+            return
+        own = merge([self._shards[0], self._shards[rank]])
+        shards = [own or self._everything(), *(one for index, one in enumerate(self._shards) if index not in (0, rank)
+                                               and own is not None)]
+        devices = [Device(self._name, self._profile),
+                   *(self._device(peer) for index, peer in enumerate(self._ranks, start=1) if index != rank)]
+        without = predict(self._cut, self._whole.hp, devices[:len(shards)], shards, 4 * self._whole.hp.hidden_size)
+        if without.tokens_per_s * self._pace.pass_s > 1:
+            self._go_on_without(PeerLost(rank, "it has become slow"))
+
+    @staticmethod
+    def _device(peer: Peer) -> Device:
+        return Device(peer.member.name, peer.profile, peer.latency_s, peer.bytes_per_s)
+
+    def _everything(self) -> Shard:
+        return Shard(((0, self._cut.n_heads),), ((0, self._cut.n_kv_heads),), ((0, self._cut.ffn_size),), leads=True)
 
     # -- losses ------------------------------------------------------------------------------------------------
     def _peer(self, lost: PeerLost) -> Peer:
@@ -312,13 +319,22 @@ class ClusterEngine(Engine):
                 self._alone()
                 return
 
+    def _go_on_without_mesh(self, broken: MeshBroken) -> None:
+        """All sums through this device from now on; and without whoever does not answer it either."""
+        _log.warning("%s; sums go through this device", broken.message)
+        self._may_mesh = False
+        try:
+            self._establish(self._ranks, self._shards, self._network())
+        except PeerLost as lost:
+            self._may_mesh = True  # it was not the link
+            self._go_on_without(lost)
+
     def _network(self) -> Network:
         assert isinstance(self.collective, Group)  # something was lost
         return self.collective.network
 
     def _alone(self) -> None:
-        self._establish([], (Shard(((0, self._cut.n_heads),), ((0, self._cut.n_kv_heads),),
-                                   ((0, self._cut.ffn_size),), leads=True),), Network(1e-6, 1e12, False))
+        self._establish([], (self._everything(),), Network(1e-6, 1e12, False))
 
 
 def _notice(text: str) -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 from edgert.errors import ClusterError, EdgertError, PeerLost
 from edgert.version import VERSION
+from tensorpar.collectives import Network
 from tensorpar.frames import MAX_DATA_BYTES, BadFrame, Kind, Moment
 from tensorpar.identity import Identity
-from tensorpar.link import Link
+from tensorpar.link import LONGEST_WAIT_S, Link
 from tensorpar.members import Member
-from tensorpar.messages import Setup, text, whole
+from tensorpar.messages import Introduction, Setup, number, text, whole
+from tensorpar.probe import Speed, measure
 from tensorpar.profile import Profile
 from tensorpar.pulse import Pulse
 from tensorpar.slice_file import SliceFile
 
 _DIAL_S, _GREETING_S = 3.0, 10.0
-_N_PROBES, _PROBE_BYTES, _LARGE_BYTES = 12, 64, 2**20
+_PROBE_BYTES = 64
 # Writing a slice, opening it and repacking it, on a slow card: a Raspberry Pi takes minutes for 4 GiB.
 _SET_UP_S = 1800.0
 
@@ -28,8 +30,8 @@ _SET_UP_S = 1800.0
 class Peer:
     """One connected worker. Used by one thread at a time."""
 
-    def __init__(self, member: Member, link: Link, pulse: Pulse, hello: dict[str, Any]) -> None:
-        self.member, self.link, self._pulse = member, link, pulse
+    def __init__(self, member: Member, host: str, port: int, link: Link, pulse: Pulse, hello: dict[str, Any]) -> None:
+        self.member, self.host, self.port, self.link, self._pulse = member, host, port, link, pulse
         try:
             self.profile = Profile.of_message(hello.get("profile"))
         except ValueError as error:
@@ -37,7 +39,7 @@ class Peer:
         self.version = text(hello, "version", 20)
         self.latency_s, self.bytes_per_s = 1e-4, 1e9
         self.sent_slice_bytes = 0
-        link.check_alive = pulse.check
+        link.check_alive = self.check_alive = pulse.check
 
     @classmethod
     def connect(cls, member: Member, identity: Identity, session: str, addresses: Iterable[tuple[str, int]],
@@ -63,7 +65,7 @@ class Peer:
                                    f"{VERSION}", "Install the same version on both.")
             beat = identity.dial(host, port, member.certificate, _DIAL_S)
             Link(beat).send_message(Kind.HELLO, {"purpose": "pulse", "session": session}, within_s=_GREETING_S)
-            peer = cls(member, link, Pulse(beat, 0), hello)
+            peer = cls(member, host, port, link, Pulse(beat, 0), hello)
         except BaseException:
             link.close()
             raise
@@ -74,25 +76,29 @@ class Peer:
         self.link.rank = self._pulse.rank = rank
 
     def measure(self) -> None:
-        """Latency and bandwidth of the link: small frames there and back, then a large one."""
-        self.latency_s = statistics.median(self._round_trip_s(_PROBE_BYTES) for _ in range(_N_PROBES)) / 2
-        large_s = min(self._round_trip_s(_LARGE_BYTES) for _ in range(2))
-        self.bytes_per_s = 2 * _LARGE_BYTES / max(large_s - 2 * self.latency_s, 1e-6)
+        """Latency and bandwidth of the link."""
+        speed = measure(self.link)
+        self.latency_s, self.bytes_per_s = speed.latency_s, speed.bytes_per_s
 
-    def _round_trip_s(self, n_bytes: int) -> float:
-        payload = memoryview(bytearray(n_bytes))
-        began_s = time.perf_counter()
-        self.link.send(Kind.PROBE, Moment(0), payload, _GREETING_S)
-        if self.link.peek(n_bytes, _GREETING_S).kind is not Kind.PROBE:
-            raise BadFrame("no echo")
-        self.link.take(payload, _GREETING_S)
-        return time.perf_counter() - began_s
+    def introduce(self, introduction: Introduction) -> None:
+        """Tell the worker who the others are. Raises PeerLost."""
+        self.link.send_message(Kind.MEET, introduction.to_dict())
+        self._answer()
+
+    def meet(self) -> Speed | None:
+        """Once all know each other, let the worker connect to them; how quick its slowest link is, None where one does
+        not come about. Raises PeerLost."""
+        self.link.send_message(Kind.DIAL, {})
+        answer = self._answer()
+        return None if answer.get("problem") else Speed(number(answer, "latency_s"), number(answer, "bytes_per_s"))
+
+    def agree(self, network: Network) -> None:
+        self.link.send_message(Kind.AGREE, asdict(network))
 
     def flush(self) -> None:
         """Read away what a pass that was broken off has left: both sides might else wait for a full buffer."""
         self.link.send(Kind.PROBE, Moment(0), bytes(_PROBE_BYTES), _GREETING_S)
-        while self.link.peek(MAX_DATA_BYTES).kind in (Kind.PART, Kind.SUM):
-            self.link.skip(MAX_DATA_BYTES)
+        self._skip_pass()
         if self.link.peek(_PROBE_BYTES).kind is not Kind.PROBE:
             raise PeerLost(self.link.rank, "it is out of step")
         self.link.skip(_PROBE_BYTES)
@@ -122,12 +128,18 @@ class Peer:
 
     def _answer(self) -> dict[str, Any]:
         """The worker's READY. What an abandoned pass left before it is dropped."""
-        while (header := self.link.peek(MAX_DATA_BYTES, _SET_UP_S)).kind in (Kind.PART, Kind.SUM):
-            self.link.skip(MAX_DATA_BYTES)
-        if header.kind is Kind.FAULT:
-            _, fault = self.link.receive_message(Kind.FAULT)
-            raise PeerLost(self.link.rank, text(fault, "problem") or "it cannot go on")
+        self._skip_pass(_SET_UP_S)
         return self.link.receive_message(Kind.READY, within_s=_SET_UP_S)[1]
+
+    def _skip_pass(self, within_s: float = LONGEST_WAIT_S) -> None:
+        """Drop parts, sums, and word of links to other workers that broke. Raises PeerLost for any other fault."""
+        while (header := self.link.peek(MAX_DATA_BYTES, within_s)).kind in (Kind.PART, Kind.SUM, Kind.FAULT):
+            if header.kind is not Kind.FAULT:
+                self.link.skip(MAX_DATA_BYTES)
+                continue
+            _, fault = self.link.receive_message(Kind.FAULT)
+            if not fault.get("lost"):
+                raise PeerLost(self.link.rank, text(fault, "problem") or "it cannot go on")
 
     def close(self) -> None:
         self.link.close()

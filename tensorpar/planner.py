@@ -1,7 +1,8 @@
 """Which devices answer fastest together, predicted from what was measured: pure functions.
 
-time per token = the slowest rank's compute (bytes that it reads over its speed, and from its disk what its memory
-does not hold) + 2L sums over the network. Source: TPI-LLM, arXiv 2410.00531, appendix A.1, with speeds per device.
+time per token = for every block, what the slowest rank computes, for they meet after it; the leader's output head; 2L
+sums over the network. Where weights stream, no less than what the slowest disk reads meanwhile. Sources: TPI-LLM, arXiv
+2410.00531, appendix A.1, with speeds per device; what a device takes is the memory manager's (edgert/memory/).
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import get_args
 
 from edgert.architectures.base import Hyperparameters
 from tensorpar.collectives import Network, choose, seconds
 from tensorpar.profile import Profile
-from tensorpar.shares import Cut, Shard, shard
+from tensorpar.shares import Balance, Bytes, Cut, Shard, length, shard
 
 # What a sum costs beside the wire: packing, TLS, adding, and the interpreter (benchmarks/cluster.py).
-SOFTWARE_S = 0.15e-3
-# What a block costs each rank beside its weights: small operations, binding of graphs.
-BLOCK_S = 0.05e-3
-# A small device's SSD or fast card; what streams is bound by it.
-_DISK_BYTES_PER_S = 5e8
+SOFTWARE_S = 0.05e-3
+# What a layer takes beside the arithmetic of its matrices: some 24 small operations.
+_LAYER_S = 2e-5
+# Of a question and its answer: attention over so many cached tokens.
+N_CACHED = 256
 # Beside the weights: interpreter, libraries, compute buffers, a KV cache of middling length.
 _BESIDE_BYTES = 256 * 2**20
 # Subsets of up to this many workers are all looked at: 2**6. Of more, the fastest of every number.
@@ -57,7 +59,9 @@ class Prediction:
 def predictions(cut: Cut, hp: Hyperparameters, devices: Sequence[Device],
                 wire_bytes: int | None = None) -> list[Prediction]:
     """One for every useful subset of the devices, of which the first leads; the fastest first."""
-    found = [predict(cut, hp, subset, shard(cut, _weights(cut, subset)), wire_bytes or 4 * hp.hidden_size)
+    found = [max((predict(cut, hp, subset, shard(cut, _weights(cut, subset, balance), balance),
+                          wire_bytes or 4 * hp.hidden_size) for balance in get_args(Balance)),
+                 key=lambda one: one.tokens_per_s)
              for subset in _subsets(devices) if len(subset) <= cut.max_ranks]
     return sorted(found, key=lambda one: (-one.tokens_per_s, len(one.devices)))
 
@@ -75,26 +79,42 @@ def _subsets(devices: Sequence[Device]) -> Iterator[list[Device]]:
 def predict(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Sequence[Shard],
             wire_bytes: int) -> Prediction:
     """What these devices would do with these shards."""
-    slowest_s, missing = 0.0, 0
-    for device, one in zip(devices, shards, strict=True):
-        over = max(0, cut.stored_bytes(one) + _BESIDE_BYTES - device.profile.memory_bytes)
-        over = min(over, cut.read_bytes(one))
-        seconds_ = cut.read_bytes(one) / device.profile.bytes_per_s + over / _DISK_BYTES_PER_S
-        slowest_s, missing = max(slowest_s, seconds_), missing + over
-    slowest_s += 2 * hp.n_layers * BLOCK_S
+    pairs = list(zip(devices, shards, strict=True))
+    over = [min(cut.read_bytes(one), max(0, cut.stored_bytes(one) + _BESIDE_BYTES - device.profile.memory_bytes))
+            for device, one in pairs]
+    together_s = (max(_attention_s(cut, hp, device.profile, one) for device, one in pairs)
+                  + max(_product_s(device.profile, cut.ffn, length(one.ffn) / cut.ffn_size) for device, one in pairs)
+                  + _LAYER_S * hp.n_layers + _product_s(devices[0].profile, cut.leader))
+    read_s = max(n_bytes / device.profile.disk_bytes_s for n_bytes, device in zip(over, devices, strict=True))
     network = network_of(devices[1:])
     network_s = 0.0
     if len(devices) > 1:
         one_sum_s = seconds(choose(wire_bytes, len(devices), network), wire_bytes, len(devices), network)
         network_s = network.latency_s + 2 * hp.n_layers * (one_sum_s + SOFTWARE_S)
-    return Prediction(tuple(one.name for one in devices), tuple(shards), slowest_s, network_s, missing, network)
+    return Prediction(tuple(one.name for one in devices), tuple(shards), max(together_s, read_s - network_s), network_s,
+                      sum(over), network)
 
 
-def _weights(cut: Cut, devices: Sequence[Device]) -> list[float]:
+def _attention_s(cut: Cut, hp: Hyperparameters, profile: Profile, one: Shard) -> float:
+    """All layers' attention on one device: its part of the matrices, and its heads over what is cached."""
+    share = length(one.heads) / cut.n_heads
+    products = 2 * length(one.heads) * hp.head_dim * N_CACHED * hp.n_layers
+    return _product_s(profile, cut.attention, share) + products * profile.attend_s
+
+
+def _product_s(profile: Profile, matrices: Bytes, share: float = 1.0) -> float:
+    return share * sum(profile.multiply(type_id, n_bytes) for type_id, n_bytes in matrices.items())
+
+
+def _weights(cut: Cut, devices: Sequence[Device], balance: Balance) -> list[float]:
     """Each device's part of the work: by speed, and no more than its memory holds while another has room."""
-    rates = [one.profile.bytes_per_s for one in devices]
-    total_bytes = cut.attention_bytes + cut.stored_ffn_bytes + cut.leader_bytes
-    beside = [_BESIDE_BYTES + (cut.replicated_bytes if rank == 0 else 0) for rank in range(len(devices))]
+    rates = [1 / (_product_s(one.profile, cut.attention) + _product_s(one.profile, cut.ffn)) for one in devices]
+    total_bytes, leaders = cut.attention_bytes + cut.stored_ffn_bytes, cut.replicated_bytes
+    if balance == "bytes":
+        total_bytes += cut.leader_bytes
+    else:
+        leaders += cut.leader_bytes
+    beside = [_BESIDE_BYTES + (leaders if rank == 0 else 0) for rank in range(len(devices))]
     caps = [max(one.profile.memory_bytes - n_bytes, 2**20) / total_bytes
             for one, n_bytes in zip(devices, beside, strict=True)]
     if sum(caps) <= 1:
@@ -116,9 +136,9 @@ def _weights(cut: Cut, devices: Sequence[Device]) -> list[float]:
 
 
 def network_of(workers: Sequence[Device]) -> Network:
-    """The links to all workers as one: the slowest decides. Two ranks are a mesh."""
+    """The links to all workers as one: the slowest decides. Workers are expected to reach each other."""
     return Network(max((one.latency_s for one in workers), default=1e-6),
-                   min((one.bytes_per_s for one in workers), default=1e12), is_mesh=len(workers) == 1)
+                   min((one.bytes_per_s for one in workers), default=1e12), is_mesh=True)
 
 
 def reason(chosen: Prediction, others: Sequence[Prediction]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,18 +16,20 @@ import numpy as np
 
 from edgert.engine.collective import Collective
 from edgert.engine.engine import Engine
-from edgert.errors import EdgertError, PeerLost
-from tensorpar.collectives import Abandoned, Group
+from edgert.errors import ClusterError, EdgertError, PeerLost
+from tensorpar.collectives import Abandoned, Group, Network
 from tensorpar.frames import MAX_DATA_BYTES, BadFrame, Kind
+from tensorpar.identity import Identity
 from tensorpar.link import Link
-from tensorpar.messages import Settings, Setup
+from tensorpar.mesh import Mesh
+from tensorpar.messages import Introduction, Settings, Setup, network_of_message
+from tensorpar.probe import echo
 from tensorpar.pulse import Pulse
 from tensorpar.slice_cache import SliceCache
 
 # A leader may sit in a conversation for a day; its heartbeats say that it is there.
 _IDLE_S = 86400.0
 _MAX_CHUNK_BYTES = 2**23
-_MAX_PROBE_BYTES = 2**20
 _log = logging.getLogger(__name__)
 
 
@@ -39,8 +42,11 @@ class OpenEngine(Protocol):
 class Session:
     """`run` serves one leader until it goes. `status` may be read from another thread."""
 
-    def __init__(self, link: Link, cache: SliceCache, open_engine: OpenEngine, hello: dict[str, Any]) -> None:
+    def __init__(self, link: Link, cache: SliceCache, open_engine: OpenEngine, hello: dict[str, Any],
+                 identity: Identity | None = None) -> None:
         self._link, self._cache, self._open_engine, self._hello = link, cache, open_engine, hello
+        self._identity = identity
+        self.mesh: Mesh | None = None
         self._engine: Engine | None = None
         self._opened: tuple[bytes, Settings] | None = None
         self._pulse: Pulse | None = None
@@ -83,6 +89,7 @@ class Session:
             return error.problem
         finally:
             self._ended = True
+            self._close_mesh()
             self._close_engine()
             self._link.close()
             if self._pulse is not None:
@@ -90,26 +97,18 @@ class Session:
 
     def _serve_one(self) -> None:
         """Answer the next frame. A failure of ours is told to the leader; the session goes on."""
-        header = self._link.peek(MAX_DATA_BYTES, _IDLE_S)
+        kind = self._link.peek(MAX_DATA_BYTES, _IDLE_S).kind
         try:
-            match header.kind:
-                case Kind.PROBE:
-                    if header.n_bytes > _MAX_PROBE_BYTES:
-                        raise BadFrame("a probe that is too long")
-                    echo = memoryview(bytearray(header.n_bytes))
-                    self._link.take(echo)
-                    self._link.send(Kind.PROBE, header.moment, echo)
-                case Kind.SETUP:
-                    self._set_up(Setup.of_message(self._link.receive_message(Kind.SETUP)[1]))
-                case Kind.PASS if self._engine is not None:
-                    self._follow(self._engine)
-                case Kind.PASS | Kind.PART | Kind.SUM | Kind.CHUNK:  # of something that we could not do, or gave up
-                    self._link.skip(MAX_DATA_BYTES)
-                case _:
-                    raise BadFrame(f"{header.kind.name} came")
+            self._answer(kind)
         except Abandoned:
             _log.info("the leader gave a pass up")
-        except (PeerLost, BadFrame):
+        except PeerLost as lost:
+            if lost.rank == 0:
+                raise
+            _log.warning("%s", lost.message)  # it may be there still, for others
+            self._close_mesh()
+            self._link.send_message(Kind.FAULT, {"problem": lost.message[:300], "lost": lost.rank})
+        except BadFrame:
             raise
         except EdgertError as error:
             _log.warning("%s", error.message)
@@ -117,7 +116,64 @@ class Session:
         except MemoryError:
             self._link.send_message(Kind.FAULT, {"problem": "out of memory", "next_step": ""})
 
+    def _answer(self, kind: Kind) -> None:
+        """Do what the next frame, which is of this kind, asks for."""
+        match kind:
+            case Kind.PROBE:
+                echo(self._link)
+            case Kind.MEET:
+                self._meet(Introduction.of_message(self._link.receive_message(Kind.MEET)[1]))
+            case Kind.DIAL if self.mesh is not None:
+                self._link.receive_message(Kind.DIAL)
+                self._dial(self.mesh)
+            case Kind.AGREE:
+                self._agree(network_of_message(self._link.receive_message(Kind.AGREE)[1]))
+            case Kind.SETUP:
+                self._set_up(Setup.of_message(self._link.receive_message(Kind.SETUP)[1]))
+            case Kind.PASS if self._engine is not None:
+                self._follow(self._engine)
+            case Kind.PASS | Kind.PART | Kind.SUM | Kind.CHUNK:  # of something that we could not do, or gave up
+                self._link.skip(MAX_DATA_BYTES)
+            case _:
+                raise BadFrame(f"{kind.name} came")
+
+    def _meet(self, introduction: Introduction) -> None:
+        """From here on, the other workers may dial."""
+        setup = self._setup
+        if setup is None or self._identity is None:
+            raise BadFrame("an introduction before a plan")
+        self._close_mesh()
+        self.mesh = Mesh(introduction, setup.rank, self._identity)
+        self._link.send_message(Kind.READY, {})
+
+    def _dial(self, mesh: Mesh) -> None:
+        """Connect to the other workers; the leader hears how quick that is, or why it is not possible."""
+        try:
+            speed = mesh.meet(self._check_alive, self._look)
+        except ClusterError as error:
+            _log.warning("sums go through the leader: %s", error.message)
+            self._link.send_message(Kind.READY, {"problem": error.message[:300]})
+            return
+        self._link.send_message(Kind.READY, asdict(speed))
+
+    def _agree(self, network: Network) -> None:
+        if self._group is None or (network.is_mesh and self.mesh is None):
+            raise BadFrame("an agreement on what is not there")
+        if not network.is_mesh:
+            self._close_mesh()
+        self._group.join({} if self.mesh is None else self.mesh.links, network)
+
+    def _look(self) -> None:
+        if self._group is not None:
+            self._group.look()
+
+    def _close_mesh(self) -> None:
+        mesh, self.mesh = self.mesh, None
+        if mesh is not None:
+            mesh.close()
+
     def _set_up(self, setup: Setup) -> None:
+        self._close_mesh()
         group = Group(setup.rank, setup.world_size, {0: self._link}, epoch=setup.epoch, network=setup.network,
                       wire=setup.wire, algorithm=setup.algorithm)
         wanted = (setup.key, setup.settings)

@@ -1,17 +1,21 @@
 """Which heads and which part of the FFN each rank computes: pure arithmetic over a model's sizes.
 
 Attention is divided by whole KV groups, or within a group when there are more ranks than groups (K and V are then on
-several ranks); the FFN, and each expert's, by whole quantisation blocks. Nothing is quantised anew. Knows no bytes
-of a file (tensorpar/slices.py) and no devices (tensorpar/planner.py).
+several ranks); the FFN, and each expert's, by whole quantisation blocks. Nothing is quantised anew. Ranks meet after
+every block, so each block is divided by itself, and who is quick in one cannot make up for another; where bytes count
+instead (memory, disk), the FFN makes up for what heads and the output head leave uneven. Knows no bytes of a file
+(tensorpar/slices.py) and no devices (tensorpar/planner.py).
 Source: TPI-LLM, arXiv 2410.00531, section 3.1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 from edgert.architectures.base import Architecture
 from edgert.errors import ClusterError, ModelFileError
@@ -19,6 +23,9 @@ from edgert.gguf.model_file import ModelFile
 from edgert.gguf.reader import TensorInfo
 
 Range = tuple[int, int]  # from, up to and without
+Bytes = Mapping[int, float]  # by ggml type
+# What is divided evenly: every block's time, or what each rank reads in all.
+Balance = Literal["blocks", "bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +49,9 @@ class Cut:
     """Heads that a quantisation block of the output projection spans: they stay together."""
     ffn_size: int
     ffn_unit: int
-    attention_bytes: int
-    ffn_bytes: int
-    leader_bytes: int
+    attention: Bytes
+    ffn: Bytes
+    leader: Bytes
     replicated_bytes: int
     stored_ffn_bytes: int
     """All experts', where a token reads some."""
@@ -59,16 +66,27 @@ class Cut:
         if hp.n_heads * hp.head_dim % block or ffn_size % ffn_unit:
             raise ModelFileError(str(model.path), "its rows are no whole number of quantisation blocks")
         used = hp.n_experts_used / hp.n_experts if hp.n_experts else 1.0
-        groups = {"attention": 0.0, "ffn": 0.0, "leader": 0.0, "replicated": 0.0}
+        groups: dict[str, Counter[int]] = {kind: Counter() for kind in ("attention", "ffn", "leader", "replicated")}
         for info in tensors.values():
-            kind = _kind(info.name)
-            groups[kind] += info.n_bytes * (used if "_exps" in info.name else 1.0)
+            groups[_kind(info.name)][info.type.id] += int(info.n_bytes * (used if "_exps" in info.name else 1.0))
         if "output.weight" not in tensors:
-            groups["leader"] += tensors["token_embd.weight"].n_bytes
+            table = tensors["token_embd.weight"]
+            groups["leader"][table.type.id] += table.n_bytes
         stored = sum(info.n_bytes for info in tensors.values() if _kind(info.name) == "ffn")
         return cls(hp.n_heads, hp.n_kv_heads, block // math.gcd(block, hp.head_dim), ffn_size, ffn_unit,
-                   int(groups["attention"]), int(groups["ffn"]), int(groups["leader"]), int(groups["replicated"]),
-                   stored)
+                   groups["attention"], groups["ffn"], groups["leader"], groups["replicated"].total(), stored)
+
+    @property
+    def attention_bytes(self) -> int:
+        return int(sum(self.attention.values()))
+
+    @property
+    def ffn_bytes(self) -> int:
+        return int(sum(self.ffn.values()))
+
+    @property
+    def leader_bytes(self) -> int:
+        return int(sum(self.leader.values()))
 
     @property
     def group_unit(self) -> int:
@@ -131,8 +149,9 @@ def divide(n_units: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def shard(cut: Cut, weights: Sequence[float]) -> tuple[Shard, ...]:
-    """A shard for each rank, so that each reads about its weight's part of the bytes; rank 0 leads.
+def shard(cut: Cut, weights: Sequence[float], balance: Balance = "blocks") -> tuple[Shard, ...]:
+    """A shard for each rank by weight; rank 0 leads. `blocks`: each has its part of every block. `bytes`: each reads
+    about its part of all bytes.
 
     Raises ClusterError when there are more ranks than the model has parts.
     """
@@ -142,11 +161,13 @@ def shard(cut: Cut, weights: Sequence[float]) -> tuple[Shard, ...]:
                            f"Use {cut.max_ranks} of them: --devices {cut.max_ranks}.")
     if n_ranks == 1:
         return (Shard(((0, cut.n_heads),), ((0, cut.n_kv_heads),), ((0, cut.ffn_size),), leads=True),)
-    left = _layer_bytes(cut, weights)
+    left = weights if balance == "blocks" else _layer_bytes(cut, weights)
     heads = _head_ranges(cut, left)
-    per_head = cut.attention_bytes / cut.n_heads
-    rest = [max(bytes_ - per_head * (end - start), cut.ffn_bytes * 1e-6)
-            for bytes_, (start, end) in zip(left, heads, strict=True)]
+    rest = list(left)
+    if balance == "bytes":
+        per_head = cut.attention_bytes / cut.n_heads
+        rest = [max(bytes_ - per_head * (end - start), cut.ffn_bytes * 1e-6)
+                for bytes_, (start, end) in zip(left, heads, strict=True)]
     counts = divide(cut.ffn_size // cut.ffn_unit, rest)
     ends = [cut.ffn_unit * end for end in accumulate(counts)]
     per_kv = cut.n_heads // cut.n_kv_heads

@@ -43,6 +43,10 @@ class SliceCache:
         """Keys in hex of what is here, whole."""
         return sorted(one.stem for one in self._directory.glob("*.gguf"))[:_MAX_KEYS]
 
+    def largest(self) -> Path:
+        """The largest slice, by which the disk may be measured; the directory where there is none."""
+        return max(self._directory.glob("*.gguf"), key=lambda one: one.stat().st_size, default=self._directory)
+
     def received_bytes(self, key: bytes) -> int:
         """How much of a slice has come in earlier transfers."""
         partial = self.path(key).with_suffix(".partial")

@@ -1,6 +1,7 @@
 """How partial results travel: float32, float16, or blocks of 32 signed bytes with a float16 scale (34 bytes).
 
-Whoever sums adds what the others decode, its own part included: every rank then holds the same bits.
+Whoever sums adds what the others decode, its own part included: every rank then holds the same bits. float32 is
+neither packed nor unpacked: what is sent and what came is the memory itself.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ _LARGEST_F16 = 65504.0
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """One encoding. `encode` gives the bytes of some values, `decode` writes the values into an array."""
+    """One encoding. `encode` gives the bytes of so many values, `decode` their first `n` values again: an array of its
+    own, or (float32) the bytes themselves seen as numbers."""
 
     name: WireName
     n_bytes: Callable[[int], int]
     encode: Callable[[Floats], memoryview]
-    decode: Callable[[memoryview, Floats], None]
+    decode: Callable[[memoryview, int], Floats]
 
     @property
     def is_exact(self) -> bool:
@@ -37,16 +39,16 @@ def _encode_f32(values: Floats) -> memoryview:
     return values.data.cast("B")
 
 
-def _decode_f32(raw: memoryview, out: Floats) -> None:
-    out[:] = np.frombuffer(raw, np.float32)
+def _decode_f32(raw: memoryview, n: int) -> Floats:
+    return np.frombuffer(raw, np.float32, n)
 
 
 def _encode_f16(values: Floats) -> memoryview:
     return np.clip(values, -_LARGEST_F16, _LARGEST_F16).astype(np.float16).data.cast("B")
 
 
-def _decode_f16(raw: memoryview, out: Floats) -> None:
-    out[:] = np.frombuffer(raw, np.float16)
+def _decode_f16(raw: memoryview, n: int) -> Floats:
+    return np.frombuffer(raw, np.float16, n).astype(np.float32)
 
 
 def _encode_q8(values: Floats) -> memoryview:
@@ -63,11 +65,11 @@ def _encode_q8(values: Floats) -> memoryview:
     return out.data.cast("B")
 
 
-def _decode_q8(raw: memoryview, out: Floats) -> None:
+def _decode_q8(raw: memoryview, n: int) -> Floats:
     blocks = np.frombuffer(raw, np.uint8).reshape(-1, _BLOCK_BYTES)
     scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
-    values = np.ascontiguousarray(blocks[:, 2:]).view(np.int8) * scales
-    out[:] = values.reshape(-1)[:len(out)]
+    values: Floats = np.ascontiguousarray(blocks[:, 2:]).view(np.int8) * scales
+    return values.reshape(-1)[:n]
 
 
 WIRES: dict[str, Wire] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import threading
 import time
 from typing import Any
@@ -16,8 +17,10 @@ from edgert.errors import ClusterError
 from edgert.paths import Paths
 from edgert.version import VERSION
 from tensorpar.frames import BadFrame, Kind
+from tensorpar.identity import is_one_of
 from tensorpar.link import Link
 from tensorpar.members import Membership
+from tensorpar.mesh import Mesh
 from tensorpar.messages import text
 from tensorpar.profile import Profile
 from tensorpar.pulse import Pulse
@@ -77,20 +80,31 @@ class Worker:
             membership = Membership.load(self._paths)
             if membership is None:
                 raise ClusterError("this device is not paired")
-            tls = membership.identity.answer(connection, [one.certificate for one in membership.members])
-            self._admit(tls, membership)
+            with self._lock:
+                mesh = None if self._session is None else self._session.mesh
+            introduced = [] if mesh is None else mesh.certificates
+            tls = membership.identity.answer(connection, [*(one.certificate for one in membership.members),
+                                                          *introduced])
+            self._admit(tls, membership, mesh)
         except (ClusterError, OSError) as error:
             connection.close()
             self._refused(host, error)
         finally:
             self._places.release()
 
-    def _admit(self, tls: socket.socket, membership: Membership) -> None:
-        """What a paired client wants. Heartbeats stay open; everything else ends with this call."""
+    def _admit(self, tls: ssl.SSLSocket, membership: Membership, mesh: Mesh | None) -> None:
+        """What a paired client wants, or one that the leader has introduced. Heartbeats and links between workers stay
+        open; everything else ends with this call."""
         link = Link(tls)
         try:
             hello = link.receive_message(Kind.HELLO, within_s=_GREETING_S)[1]
+            is_paired = is_one_of(tls, [one.certificate for one in membership.members])
             match hello.get("purpose"):
+                case "rank" if mesh is not None:
+                    mesh.admit(tls, link, hello)
+                    return
+                case _ if not is_paired:
+                    raise BadFrame("an introduced client that wants more")
                 case "work":
                     self._work(link, text(hello, "session", 64), membership)
                 case "pulse":
@@ -112,7 +126,7 @@ class Worker:
         """Run a session in this thread; one that is still there belongs to a leader that has gone, or asks twice."""
         hello = {"version": VERSION, "name": membership.name, "profile": self._profile.to_dict(),
                  "slices": self._cache.keys()}
-        session = Session(link, self._cache, self._open_engine, hello)
+        session = Session(link, self._cache, self._open_engine, hello, membership.identity)
         with self._lock:
             before, self._session, self._session_id = self._session, session, session_id
         if before is not None:

@@ -18,7 +18,7 @@ from edgert.units import parse_bytes
 if TYPE_CHECKING:
     from edgert.runtime import Runtime
     from edgert.speculation import Speculate
-    from tensorpar.leader import ClusterOptions
+    from tensorpar.workers import ClusterOptions
 
 _TOKENS = re.compile(r"(\d{1,12})(k?)", re.IGNORECASE | re.ASCII)
 _MAX_WHOLE = 2**31 - 1
@@ -166,8 +166,8 @@ def cluster_options(args: argparse.Namespace) -> ClusterOptions | None:
     from apps.cluster.extra import require_packages
 
     require_packages()
-    from tensorpar.leader import ClusterOptions
     from tensorpar.members import parse_address
+    from tensorpar.workers import ClusterOptions
 
     return ClusterOptions(args.devices, tuple(map(parse_address, args.peer)), args.wire)
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from apps.cluster.pair import required
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
+from edgert.device import cluster_profile, matrix_types
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.models.catalog import Catalog
 from edgert.paths import Paths
+from edgert.planning import EngineOptions
 from edgert.units import format_bytes
-from tensorpar.leader import ClusterOptions, Workers
 from tensorpar.members import parse_address
 from tensorpar.planner import Device, Prediction, predictions, reason
-from tensorpar.profile import measure
 from tensorpar.shares import Cut
+from tensorpar.workers import ClusterOptions, Workers
 
 _SHOWN = 16
 _log = logging.getLogger(__name__)
@@ -34,7 +35,9 @@ def plan(args: argparse.Namespace) -> int:
     try:
         for problem in workers.connect():
             _log.warning("%s", problem)
-        devices = [Device(membership.name, measure(args.threads or usable_cores(), args.memory)),
+        options = EngineOptions(args.memory, n_threads=args.threads or usable_cores())
+        own = cluster_profile(Paths.of_user(), options, matrix_types(file), arch.hp.head_dim, file.path)
+        devices = [Device(membership.name, own),
                    *(Device(one.member.name, one.profile, one.latency_s, one.bytes_per_s)
                      for one in workers.connected)]
     finally:

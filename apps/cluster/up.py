@@ -10,6 +10,7 @@ from types import FrameType
 
 from apps.cluster.pair import listening, required
 from edgert.cpu import usable_cores
+from edgert.device import cluster_profile
 from edgert.engine.collective import Collective
 from edgert.engine.engine import Engine
 from edgert.ggml.library import load_libraries
@@ -19,10 +20,11 @@ from edgert.planning import EngineOptions
 from edgert.runtime import open_engine
 from tensorpar import discovery
 from tensorpar.messages import Settings
-from tensorpar.profile import measure
+from tensorpar.profile import COMMON_TYPES
 from tensorpar.slice_cache import DEFAULT_CAP_BYTES, SliceCache
 from tensorpar.worker import Worker
 
+_HEAD_DIM = 128  # of most models; what is measured for others is not far off
 _log = logging.getLogger(__name__)
 
 
@@ -33,12 +35,15 @@ def up(port: int, *, memory_bytes: int | None, n_threads: int | None, cache_byte
     load_libraries()
 
     def open_slice(path: Path, settings: Settings, collective: Collective) -> Engine:
-        options = EngineOptions(memory_bytes, settings.context_length, n_cores, settings.batch_size, settings.kv_type)
+        options = EngineOptions(memory_bytes, settings.context_length, n_cores, settings.batch_size, settings.kv_type,
+                                settings.layout)
         return open_engine(ModelFile.open(path), paths, options, collective=collective)
 
     with listening(port) as server:
-        worker = Worker(server, paths, measure(n_cores, memory_bytes), open_slice,
-                        SliceCache(paths, cache_bytes or DEFAULT_CAP_BYTES))
+        cache = SliceCache(paths, cache_bytes or DEFAULT_CAP_BYTES)
+        profile = cluster_profile(paths, EngineOptions(memory_bytes, n_threads=n_cores), COMMON_TYPES, _HEAD_DIM,
+                                  cache.largest())
+        worker = Worker(server, paths, profile, open_slice, cache)
 
         def stop(number: int, frame: FrameType | None) -> None:
             worker.stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tensorpar.leader import ClusterOptions
+    from tensorpar.workers import ClusterOptions
 
 DEFAULT_KEEP_ALIVE_S = 15 * 60.0
 MAX_BODY_BYTES = 16 * 2**20  # as much as the tokenizer takes

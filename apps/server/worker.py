@@ -21,7 +21,7 @@ from edgert.errors import EdgertError, to_fields
 if TYPE_CHECKING:
     from apps.server.answering import Answering
     from edgert.runtime import Runtime
-    from tensorpar.leader import ClusterOptions
+    from tensorpar.workers import ClusterOptions
 
 # The server sends one request at a time; a few more may be on their way when it cancels.
 _MAX_PENDING = 16
@@ -146,7 +146,7 @@ def _cluster(values: Mapping[str, Any] | None) -> ClusterOptions | None:
     """What LoadOptions.to_frame made of it, as it was."""
     if values is None:
         return None
-    from tensorpar.leader import ClusterOptions
+    from tensorpar.workers import ClusterOptions
 
     return ClusterOptions(**{**values, "peers": tuple(map(tuple, values["peers"]))})
 

@@ -20,6 +20,7 @@ from edgert.engine.collective import Collective, Solo
 from edgert.engine.features import FeatureSink
 from edgert.engine.fused import FusedGraphs, State
 from edgert.engine.kv_cache import KVCache
+from edgert.engine.segments import SegmentGraphs, SegmentState
 from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import Experts, Leases, WeightSource
 from edgert.ggml.backend import Backend
@@ -43,13 +44,19 @@ class Engine:
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
         self._graphs = FusedGraphs(backend, arch, kv) if whole else graphs or BlockwiseGraphs(backend, arch, kv)
+        self._segments = SegmentGraphs(backend, arch, kv)
         if self.collective.world_size > 1 and isinstance(self._graphs, BlockwiseGraphs):
             self._graphs.part_tokens = PART_TOKENS[-1]  # every rank cuts alike, whatever memory it has
 
     @property
     def compute_bytes(self) -> int:
         """Memory of the graphs' intermediate results."""
-        return self._graphs.compute_bytes
+        return self._graphs.compute_bytes + self._segments.compute_bytes
+
+    @property
+    def passes_are_costly(self) -> bool:
+        """Whether most of what a pass takes is the same for one token and for several."""
+        return not self.weights.resident
 
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> NDArray[np.float32]:
         """Append tokens to the sequence. Logits (n_outputs, vocab_size) of the last ones, valid until the next step.
@@ -71,7 +78,12 @@ class Engine:
 
     def _run(self, batches: list[Batch]) -> NDArray[np.float32] | None:
         """Logits of the last batch, or None when none are wanted."""
-        if isinstance(self._graphs, BlockwiseGraphs):
+        logits: NDArray[np.float32] | None = None
+        if self.collective.world_size > 1 and self.weights.resident and [one.phase for one in batches] == ["decode"]:
+            with self._trace.span(f"decode {batches[0].n_tokens}", "compute"):
+                logits = self._segments.run(batches[0], self._in_segments, self.collective)
+            self.kv.commit(batches[-1])
+        elif isinstance(self._graphs, BlockwiseGraphs):
             n_tokens = sum(batch.n_tokens for batch in batches)
             self._graphs.is_alone = isinstance(self.collective, Solo)
             with self._trace.span(f"{batches[0].phase} {n_tokens}", "compute"):
@@ -92,6 +104,9 @@ class Engine:
         """How many cached tokens the last step attended to; None where steps attend to all of them."""
         return None
 
+    def _in_segments(self, state: SegmentState) -> None:
+        forward([state], self.arch, self.weights, self.kv, state)
+
     def plan(self) -> dict[str, Any]:
         """How this model runs here, for people and for `--json`."""
         return self.weights.plan()
@@ -103,7 +118,8 @@ class Engine:
         """Take over everything that `other` has opened. What this engine had is not closed."""
         self.arch, self.weights, self.kv, self.backend = other.arch, other.weights, other.kv, other.backend
         self.collective, self.batch_size, self._features = other.collective, other.batch_size, other._features
-        self._trace, self._graphs, self._laps = other._trace, other._graphs, other._laps
+        self._trace, self._laps = other._trace, other._laps
+        self._graphs, self._segments = other._graphs, other._segments
         self.between_steps = other.between_steps
 
     def cancel(self) -> None:
@@ -114,6 +130,7 @@ class Engine:
         self.backend.cancel.clear()
 
     def close(self) -> None:
+        self._segments.close()
         self._graphs.close()
         self.kv.close()
         self.weights.close()

@@ -1,4 +1,4 @@
-"""A leader's home for the command and for `Runtime.load`, as EDGERT_HOME."""
+"""A leader's home for the command and for `Runtime.load`, as EDGERT_HOME; and a leader that is patient."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine any process may be slow for a while: here nobody is left behind for that."""
+    monkeypatch.setattr("tensorpar.pace._SLOW", 1e9)
 
 
 @pytest.fixture

@@ -18,8 +18,10 @@ from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, cluster
 from edgert.generation import Generation
 from edgert.runtime import Runtime
 from edgert.text.sampler import SamplingParams
-from tensorpar.leader import ClusterEngine, ClusterOptions
+from tensorpar.leader import ClusterEngine
+from tensorpar.pace import Pace
 from tensorpar.profile import Profile
+from tensorpar.workers import ClusterOptions
 
 TinyModel = Callable[..., Path]
 AtHome = Callable[[Path], None]
@@ -64,7 +66,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 def test_an_answer_and_weights_that_are_sent_once(model: Path, tmp_path: Path, at_home: AtHome) -> None:
     expected = alone(model)
-    with cluster(tmp_path, 2) as made:
+    with cluster(tmp_path, 2, measured=False) as made:
         at_home(made.leader_home)
         for is_first in (True, False):
             with loaded(model) as runtime:
@@ -90,7 +92,7 @@ def lose(worker: WorkerProcess, how: str) -> None:
 def test_a_lost_worker_costs_a_pause_and_no_token(model: Path, tmp_path: Path, at_home: AtHome, n_workers: int,
                                                   how: str, caplog: pytest.LogCaptureFixture) -> None:
     expected = alone(model)
-    with cluster(tmp_path, n_workers) as made, caplog.at_level(logging.WARNING):
+    with cluster(tmp_path, n_workers, measured=False) as made, caplog.at_level(logging.WARNING):
         at_home(made.leader_home)
         with loaded(model) as runtime:
             got = []
@@ -108,7 +110,7 @@ def test_a_lost_worker_costs_a_pause_and_no_token(model: Path, tmp_path: Path, a
 
 def test_a_worker_lost_in_prefill(model: Path, tmp_path: Path, at_home: AtHome) -> None:
     expected = alone(model)
-    with cluster(tmp_path, 1) as made:
+    with cluster(tmp_path, 1, measured=False) as made:
         at_home(made.leader_home)
         with loaded(model) as runtime:
             lose(made.workers[0], "killed")
@@ -121,7 +123,7 @@ def test_a_worker_that_comes_back_is_used_again(model: Path, tmp_path: Path, at_
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorpar.leader._LOOK_AGAIN_S", 0.0)
     expected = alone(model)
-    with cluster(tmp_path, 1) as made:
+    with cluster(tmp_path, 1, measured=False) as made:
         at_home(made.leader_home)
         with loaded(model) as runtime:
             made.workers[0].kill()
@@ -134,9 +136,46 @@ def test_a_worker_that_comes_back_is_used_again(model: Path, tmp_path: Path, at_
             assert generation.token_ids == expected
 
 
+def test_guesses_are_verified_in_one_pass_of_as_many_sums(model: Path, tmp_path: Path, at_home: AtHome,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgert.speculation.DraftLength.choose", lambda _, match_length, n_most: min(3, n_most))
+    monkeypatch.setattr("tensorpar.leader._FAR_S", 0.0)
+    copied = PROMPT[:6] * 5
+    with loaded(model, None) as runtime:
+        expected = runtime.generate(copied, max_tokens=24, sampling=GREEDY)
+        expected.result()
+    with cluster(tmp_path, 1, measured=False) as made:
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            generation = runtime.generate(copied, max_tokens=24, sampling=GREEDY)
+            generation.result()
+            assert generation.token_ids == expected.token_ids
+            assert generation.timings.draft_n > 0
+            collective = runtime.engine.collective
+            assert collective.n_all_reduces == collective.n_broadcasts * (2 * 4 - 1)
+
+
+def test_a_worker_that_becomes_slow_is_left_behind(model: Path, tmp_path: Path, at_home: AtHome,
+                                                   monkeypatch: pytest.MonkeyPatch,
+                                                   caplog: pytest.LogCaptureFixture) -> None:
+    expected = alone(model)
+    with cluster(tmp_path, 2, measured=False) as made, caplog.at_level(logging.WARNING):
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            times_s = iter([0.001] * 11 + [60.0] * 12)
+            passed = Pace.passed
+            monkeypatch.setattr("tensorpar.pace._SLOW", 2.0)
+            monkeypatch.setattr(Pace, "passed", lambda self, _, waited_s: passed(
+                self, (seconds := next(times_s)), dict.fromkeys(waited_s, 0.0) | {2: seconds * 0.9}))
+            generation = answer(runtime)
+            generation.result()
+            assert generation.token_ids == expected
+            assert names(runtime) == ["leader", "worker1"] and "become slow" in caplog.text
+
+
 def test_a_cancelled_answer_leaves_the_cluster_in_step(model: Path, tmp_path: Path, at_home: AtHome) -> None:
     expected = alone(model)
-    with cluster(tmp_path, 2) as made:
+    with cluster(tmp_path, 2, measured=False) as made:
         at_home(made.leader_home)
         with loaded(model) as runtime:
             for n_done in (1, 5):
@@ -151,7 +190,7 @@ def test_a_cancelled_answer_leaves_the_cluster_in_step(model: Path, tmp_path: Pa
 
 
 def test_workers_wait_again_when_their_leader_is_gone(model: Path, tmp_path: Path, at_home: AtHome) -> None:
-    with cluster(tmp_path, 1) as made:
+    with cluster(tmp_path, 1, measured=False) as made:
         at_home(made.leader_home)
         worker = made.workers[0]
         with loaded(model) as runtime:
@@ -170,7 +209,7 @@ def test_workers_wait_again_when_their_leader_is_gone(model: Path, tmp_path: Pat
 
 
 def test_a_small_model_is_faster_alone_and_the_plan_says_so(model: Path, tmp_path: Path, at_home: AtHome) -> None:
-    with cluster(tmp_path, 1) as made:
+    with cluster(tmp_path, 1, measured=False) as made:
         at_home(made.leader_home)
         with loaded(model, ClusterOptions(discovery_s=0)) as runtime:
             plan = runtime.plan()["cluster"]
@@ -181,11 +220,12 @@ def test_a_small_model_is_faster_alone_and_the_plan_says_so(model: Path, tmp_pat
 def test_a_worker_streams_within_its_own_budget(tiny_model: TinyModel, tmp_path: Path, at_home: AtHome,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     # A leader with room would take it all; with as little as the worker has, each gets a half.
-    monkeypatch.setattr("tensorpar.profile.measure", lambda n_threads, _: Profile(1e9, 2**20, n_threads))
+    small = Profile({0: 1e-10}, 1e-10, 1e9, 2**20, 1)
+    monkeypatch.setattr("edgert.runtime.cluster_profile", lambda *_: small)
     model = tiny_model("llama", quantisation="F32", hidden_size=512, n_layers=6, ffn_size=4096, n_heads=8,
                        n_kv_heads=4)
     expected = alone(model, 6)
-    with cluster(tmp_path, 1, ("--memory", "120M")) as made:
+    with cluster(tmp_path, 1, ("--memory", "120M"), measured=False) as made:
         at_home(made.leader_home)
         with loaded(model) as runtime:
             generation = answer(runtime, 6)

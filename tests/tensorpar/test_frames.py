@@ -84,7 +84,7 @@ def test_a_closed_a_silent_and_a_dead_peer_are_lost(ends: tuple[Link, socket.soc
 
 def test_a_wait_is_interrupted_between_frames_only(ends: tuple[Link, socket.socket]) -> None:
     link, theirs = ends
-    link._interrupted = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment]
+    link.interrupted = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         link.peek()
     frame = pack(Kind.PROBE, Moment(0), 4) + b"done"

@@ -20,16 +20,16 @@ from edgert.runtime import Runtime
 from edgert.text.sampler import SamplingParams
 from tensorpar.frames import Kind, Moment, pack
 from tensorpar.identity import Identity
-from tensorpar.leader import ClusterOptions
 from tensorpar.link import Link
 from tensorpar.members import Membership
+from tensorpar.workers import ClusterOptions
 
 GREEDY = SamplingParams(temperature=0)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
-    with cluster(tmp_path_factory.mktemp("cluster"), 1) as running:
+    with cluster(tmp_path_factory.mktemp("cluster"), 1, measured=False) as running:
         yield running
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from namespaces import Family, Host, hosts, problem
 
-from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, pair
+from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, as_if_measured, pair
+from benchmarks.namespaces import Family, Host, hosts, problem
 
 _START = "import sys; from apps.cli.main import main; sys.exit(main())"
 
@@ -58,6 +58,8 @@ def test_invite_join_up_run_without_an_address(model: Path, tmp_path: Path, fami
                                                pairs_of_hosts: Callable[[Family], list[Host]]) -> None:
     laptop, pi = pairs_of_hosts(family)
     home, other = tmp_path / "laptop", tmp_path / "pi"
+    for one in (home, other):
+        as_if_measured(one)
     assert run(laptop, home, "cluster", "init", "--name", "laptop")[0] == 0
     inviting = start(laptop, home, "cluster", "invite", "--json")
     assert inviting.stdout is not None
@@ -88,6 +90,8 @@ def test_a_cable_that_is_cut_in_an_answer(model: Path, tmp_path: Path,
     laptop, pi = pairs_of_hosts("IPv4")
     home = tmp_path / "laptop"
     pair(home, tmp_path / "pi", "pi", pi.address, 7440)
+    for one in (home, tmp_path / "pi"):
+        as_if_measured(one)
     worker = WorkerProcess("pi", tmp_path / "pi", 7440, ("--no-mdns",), pi.prefix).start()
     command = ("run", model, "hello", "--raw", "--temp", 0, "--max-tokens", 400, "--threads", 1, "--context", 512)
     try:
@@ -107,6 +111,9 @@ def test_the_doctor_names_what_is_wrong(tmp_path: Path, pairs_of_hosts: Callable
     laptop, pi = pairs_of_hosts("IPv4")
     home = tmp_path / "laptop"
     pair(home, tmp_path / "pi", "pi", pi.address, 7440)
+    for one in (home, tmp_path / "pi"):
+        as_if_measured(one)
+    as_if_measured(tmp_path / "pi")
     worker = WorkerProcess("pi", tmp_path / "pi", 7440, (), pi.prefix).start()
     try:
         status, out, _ = run(laptop, home, "cluster", "doctor")
@@ -123,5 +130,32 @@ def test_the_doctor_names_what_is_wrong(tmp_path: Path, pairs_of_hosts: Callable
                   if line.startswith("FAIL")}
         assert status == 12
         assert failed == {"pi: mDNS", "ghost: mDNS", "ghost: port", "other: mDNS", "other: certificate"}, out
+    finally:
+        worker.kill()
+
+
+_ASK_SPEED = """
+import sys
+from pathlib import Path
+from benchmarks.cluster_processes import paths_under
+from tensorpar.members import Membership
+from tensorpar.workers import ClusterOptions, Workers
+workers = Workers(Membership.load(paths_under(Path(sys.argv[1]))), ClusterOptions("all", discovery_s=0), lambda: None)
+assert not workers.connect()
+print(workers.connected[0].bytes_per_s)
+workers.close()
+"""
+
+
+def test_a_narrow_cable_is_measured(tmp_path: Path, pairs_of_hosts: Callable[[Family], list[Host]]) -> None:
+    laptop, pi = pairs_of_hosts("IPv4")
+    pair(tmp_path / "laptop", tmp_path / "pi", "pi", pi.address, 7440)
+    as_if_measured(tmp_path / "pi")
+    worker = WorkerProcess("pi", tmp_path / "pi", 7440, ("--no-mdns",), pi.prefix).start()
+    try:
+        pi.limit(80)
+        asked = subprocess.run([*laptop.prefix, sys.executable, "-c", _ASK_SPEED, tmp_path / "laptop"],
+                               capture_output=True, timeout=DEADLINE_S, check=True)
+        assert 2e6 < float(asked.stdout) < 1.2e7  # 80 Mbit/s are 10 MB/s
     finally:
         worker.kill()

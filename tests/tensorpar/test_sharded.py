@@ -47,6 +47,22 @@ def test_each_blocks_output_and_every_ranks_bits(tiny_model: TinyModel, tmp_path
 
 
 @EVERY_ARCHITECTURE
+def test_graphs_from_sum_to_sum_compute_what_blocks_do(tiny_model: TinyModel, tmp_path: Path,
+                                                       architecture: str) -> None:
+    path, runs = make(tiny_model, architecture), []
+    for in_segments in (True, False):
+        with open_ranks(path, tmp_path, shards_of(path, [0.6, 0.4])) as engines:
+            for engine in engines:
+                engine.weights.resident = in_segments  # type: ignore[misc]
+            step(engines, random_tokens(PROMPT))
+            runs.append([step(engines, random_tokens(n, seed=n), n_outputs)
+                         for n, n_outputs in ((1, 1), (1, 1), (4, 2), (1, 1), (4, 4))])
+            assert [len(engine._segments._states) for engine in engines] == [2 * in_segments] * 2
+    for mine, theirs in zip(*runs, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@EVERY_ARCHITECTURE
 def test_answers_stay_within_a_tenth_of_a_deviation(tiny_model: TinyModel, tmp_path: Path, architecture: str) -> None:
     path = make(tiny_model, architecture, quantisation="F16")
     tokens = random_tokens(N_TAUGHT)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from edgert.errors import ClusterError
 from tensorpar.shares import Cut, Range, Shard, covers, divide, length, merge, shard
 
-LLAMA_8B = Cut(n_heads=32, n_kv_heads=8, head_unit=2, ffn_size=14336, ffn_unit=256, attention_bytes=750_000_000,
-               ffn_bytes=3_200_000_000, leader_bytes=430_000_000, replicated_bytes=300_000_000,
+LLAMA_8B = Cut(n_heads=32, n_kv_heads=8, head_unit=2, ffn_size=14336, ffn_unit=256, attention={12: 750_000_000},
+               ffn={12: 3_200_000_000}, leader={14: 430_000_000}, replicated_bytes=300_000_000,
                stored_ffn_bytes=3_200_000_000)
-QWEN_1_5B = Cut(12, 2, 2, 8960, 256, 90_000_000, 660_000_000, 191_000_000, 130_000_000, 660_000_000)
+QWEN_1_5B = Cut(12, 2, 2, 8960, 256, {12: 90_000_000}, {12: 660_000_000}, {14: 191_000_000}, 130_000_000, 660_000_000)
 
 
 @pytest.mark.parametrize(("n_units", "weights", "expected"), [
@@ -29,14 +29,27 @@ def test_units_are_divided_by_weight_and_nobody_gets_none(n_units: int, weights:
 
 @pytest.mark.parametrize(("cut", "weights", "heads", "ffn"), [
     (LLAMA_8B, [1], [(0, 32)], [(0, 14336)]),
+    (LLAMA_8B, [1, 1], [(0, 16), (16, 32)], [(0, 7168), (7168, 14336)]),
+    (LLAMA_8B, [5, 3, 2], [(0, 16), (16, 24), (24, 32)], [(0, 7168), (7168, 11520), (11520, 14336)]),
+    (QWEN_1_5B, [1, 1, 1], [(0, 4), (4, 6), (6, 12)], [(0, 3072), (3072, 6144), (6144, 8960)]),
+])
+def test_ranks_that_meet_after_each_block_have_their_part_of_each(cut: Cut, weights: list[float], heads: list[Range],
+                                                                  ffn: list[Range]) -> None:
+    shards = shard(cut, weights)
+    assert [one.heads for one in shards] == [(one,) for one in heads]
+    assert [one.ffn for one in shards] == [(one,) for one in ffn]
+
+
+@pytest.mark.parametrize(("cut", "weights", "heads", "ffn"), [
+    (LLAMA_8B, [1], [(0, 32)], [(0, 14336)]),
     (LLAMA_8B, [1, 1], [(0, 16), (16, 32)], [(0, 6144), (6144, 14336)]),  # the leader has the output head too
     (LLAMA_8B, [5, 3, 2], [(0, 12), (12, 24), (24, 32)], [(0, 6656), (6656, 11264), (11264, 14336)]),
     (QWEN_1_5B, [1, 1], [(0, 6), (6, 12)], [(0, 3072), (3072, 8960)]),
     (QWEN_1_5B, [1, 1, 1], [(0, 2), (2, 6), (6, 12)], [(0, 1536), (1536, 5376), (5376, 8960)]),  # KV head 0 is twice
 ])
-def test_heads_go_by_kv_groups_and_the_ffn_makes_up(cut: Cut, weights: list[float], heads: list[Range],
-                                                    ffn: list[Range]) -> None:
-    shards = shard(cut, weights)
+def test_where_bytes_count_the_ffn_makes_up_for_heads(cut: Cut, weights: list[float], heads: list[Range],
+                                                      ffn: list[Range]) -> None:
+    shards = shard(cut, weights, "bytes")
     assert [one.heads for one in shards] == [(one,) for one in heads]
     assert [one.ffn for one in shards] == [(one,) for one in ffn]
     assert [one.leads for one in shards] == [rank == 0 for rank in range(len(weights))]
@@ -50,15 +63,15 @@ def cuts(draw: st.DrawFn) -> Cut:
         head_unit = 1
     ffn_unit = draw(st.sampled_from([1, 32, 256]))
     sizes = st.integers(1, 10**9)
-    return Cut(n_heads, n_kv_heads, head_unit, ffn_unit * draw(st.integers(1, 64)), ffn_unit, draw(sizes), draw(sizes),
-               draw(sizes), draw(sizes), draw(sizes))
+    return Cut(n_heads, n_kv_heads, head_unit, ffn_unit * draw(st.integers(1, 64)), ffn_unit, {12: draw(sizes)},
+               {12: draw(sizes)}, {14: draw(sizes)}, draw(sizes), draw(sizes))
 
 
 @given(cuts(), st.data())
 def test_every_head_and_column_is_computed_once(cut: Cut, data: st.DataObject) -> None:
     n_ranks = data.draw(st.integers(1, cut.max_ranks))
     weights = data.draw(st.lists(st.floats(0.01, 100), min_size=n_ranks, max_size=n_ranks))
-    shards = shard(cut, weights)
+    shards = shard(cut, weights, data.draw(st.sampled_from(["blocks", "bytes"])))
     assert covers(cut, shards)
     assert all(length(one.heads) and length(one.ffn) for one in shards)
     assert sum(cut.read_bytes(one) for one in shards) <= cut.total_bytes

@@ -11,16 +11,24 @@ import pytest
 from edgert.architectures.base import Hyperparameters
 from edgert.architectures.registry import open_architecture
 from edgert.gguf.model_file import ModelFile
+from edgert.memory.profile import DeviceProfile
 from edgert.paths import Paths
 from tensorpar.collectives import Algorithm, Network, choose, seconds
 from tensorpar.planner import Device, predictions, reason
 from tensorpar.plans import Plans
-from tensorpar.profile import Profile, measure
+from tensorpar.profile import Profile
 from tensorpar.shares import Cut, covers, length, shard
 
 GIB = 2**30
-CUT = Cut(32, 8, 2, 14336, 256, 750_000_000, 3_200_000_000, 430_000_000, 300_000_000, 3_200_000_000)
-LAPTOP = Device("laptop", Profile(20e9, 16 * GIB, 4))
+CUT = Cut(32, 8, 2, 14336, 256, {12: 750_000_000}, {12: 3_200_000_000}, {14: 430_000_000}, 300_000_000, 3_200_000_000)
+
+
+def device(name: str, bytes_per_s: float, memory_bytes: int = 16 * GIB, latency_s: float = 0.0) -> Device:
+    profile = Profile({12: 1 / bytes_per_s, 14: 1 / bytes_per_s}, 1e-10, 2e8, memory_bytes, 4)
+    return Device(name, profile, latency_s, 1e9)
+
+
+LAPTOP = device("laptop", 20e9)
 
 
 @pytest.fixture
@@ -47,7 +55,7 @@ def test_costs_grow_with_ranks_and_bytes(algorithm: Algorithm) -> None:
 
 
 def test_near_devices_are_used_and_far_ones_are_not(hp: Hyperparameters) -> None:
-    near = [Device(f"near{n}", Profile(20e9, 16 * GIB, 4), 1e-4, 1e9) for n in range(3)]
+    near = [device(f"near{n}", 20e9, latency_s=1e-4) for n in range(3)]
     found = predictions(CUT, hp, [LAPTOP, *near])
     assert found[0].devices == ("laptop", "near0", "near1", "near2") and len(found) == 8
     assert "4 devices" in reason(found[0], found)
@@ -58,28 +66,43 @@ def test_near_devices_are_used_and_far_ones_are_not(hp: Hyperparameters) -> None
 
 
 def test_a_model_that_no_device_holds_is_worth_a_slow_network(hp: Hyperparameters) -> None:
-    small = [Device(name, Profile(20e9, 2 * GIB + 300 * 2**20, 4), 5e-3, 1e9) for name in ("a", "b", "c")]
+    small = [device(name, 20e9, 2 * GIB + 300 * 2**20, 5e-3) for name in ("a", "b", "c")]
     small[0] = replace(small[0], latency_s=0.0)
     best = predictions(CUT, hp, small)[0]
     assert len(best.devices) > 1 and best.missing_bytes == 0
 
 
 def test_a_faster_device_gets_more_and_a_full_one_no_more_than_it_holds(hp: Hyperparameters) -> None:
-    fast, tiny = Device("fast", Profile(60e9, 16 * GIB, 8), 1e-4, 1e9), Device("tiny", Profile(60e9, GIB, 8), 1e-4, 1e9)
+    fast, tiny = device("fast", 60e9, latency_s=1e-4), device("tiny", 60e9, GIB, 1e-4)
     three = next(one for one in predictions(CUT, hp, [LAPTOP, fast, tiny]) if len(one.devices) == 3)
     assert covers(CUT, three.shards)
     _, of_fast, of_tiny = (CUT.stored_bytes(one) for one in three.shards)
     assert of_fast > 1.5 * of_tiny and of_tiny < 0.8 * GIB
     two = next(one for one in predictions(CUT, hp, [LAPTOP, fast]) if len(one.devices) == 2)
-    assert 2.5 < CUT.read_bytes(two.shards[1]) / CUT.read_bytes(two.shards[0]) < 3.5
+    assert 2.5 < length(two.shards[1].ffn) / length(two.shards[0].ffn) < 3.5
+    assert length(two.shards[1].heads) / length(two.shards[0].heads) == 3
 
 
-def test_a_device_measures_itself() -> None:
-    profile = measure(1, 5 * GIB)
-    assert profile.memory_bytes == 5 * GIB and 1e8 < profile.bytes_per_s < 1e12
-    assert Profile.of_message(profile.to_dict()) == profile
-    for lie in (None, {}, {**profile.to_dict(), "bytes_per_s": -1}, {**profile.to_dict(), "n_threads": "2"},
-                {**profile.to_dict(), "bytes_per_s": float("nan")}):
+def test_devices_that_meet_after_every_block_wait_for_the_slowest_of_each(hp: Hyperparameters) -> None:
+    two = next(one for one in predictions(CUT, hp, [LAPTOP, device("other", 20e9, latency_s=1e-4)])
+               if len(one.devices) == 2)
+    small_s = 2e-5 * hp.n_layers
+    layers_s, head_s = (750e6 + 3.2e9) / 2 / 20e9, 430e6 / 20e9
+    cached_s = 2 * 16 * hp.head_dim * 256 * hp.n_layers * 1e-10
+    assert two.compute_s == pytest.approx(layers_s + head_s + small_s + cached_s, rel=1e-3)
+
+
+def test_a_profile_travels_and_is_doubted() -> None:
+    measured = DeviceProfile({"12/plain": {1: 4e-11}, "12/repack": {1: 3e-11}, "14/plain": {1: 5e-11}},
+                             corrections={"compute": 1.1, "disk": 2.0}, n_threads=4)
+    profile = Profile.of(measured, 5 * GIB)
+    assert profile.byte_s == pytest.approx({12: 3.3e-11, 14: 5.5e-11}) and profile.disk_bytes_s == 5e8
+    assert Profile.of(measured, 5 * GIB, "plain").multiply(12, 2) == pytest.approx(8.8e-11)
+    assert profile.multiply(30, 1) == profile.multiply(12, 1)  # of a type that was not measured
+    told = profile.to_dict()
+    assert Profile.of_message(told) == profile
+    for lie in (None, {}, {**told, "byte_s": {"12": -1}}, {**told, "byte_s": {"x": 1e-10}}, {**told, "n_threads": "2"},
+                {**told, "attend_s": float("nan")}, {**told, "disk_bytes_s": 0}, {**told, "memory_bytes": True}):
         with pytest.raises(ValueError, match="profile"):
             Profile.of_message(lie)
 

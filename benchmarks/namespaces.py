@@ -55,6 +55,16 @@ class Host:
         """Pull the cable."""
         _ip("-n", self.switch, "link", "set", self.port, "down")
 
+    def mend(self) -> None:
+        _ip("-n", self.switch, "link", "set", self.port, "up")
+
+    def limit(self, mbit_s: float) -> None:
+        """A cable of so many Mbit/s in each direction (`tc tbf`)."""
+        for namespace, device in ((self.namespace, "eth0"), (self.switch, self.port)):
+            subprocess.run(["ip", "netns", "exec", namespace, "tc", "qdisc", "replace", "dev", device, "root", "tbf",
+                            "rate", f"{mbit_s}mbit", "burst", "64kb", "latency", "100ms"], check=True,
+                           capture_output=True)
+
 
 @contextmanager
 def hosts(n: int, family: Family = "IPv4") -> Iterator[list[Host]]:

@@ -1,0 +1,63 @@
+"""This device's profile: what is known of it, and what is missing measured, once.
+
+Part of the composition root: it knows where profiles are kept, who measures kernels, and who measures disks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgert.engine.calibration import calibrate
+from edgert.ggml.backend import Backend
+from edgert.gguf.model_file import ModelFile
+from edgert.memory.probe import MemoryProbe
+from edgert.memory.profile import DeviceProfile
+from edgert.memory.profile_store import ProfileStore
+from edgert.paths import Paths
+from edgert.planning import EngineOptions
+
+if TYPE_CHECKING:
+    from tensorpar.profile import Profile
+
+# Kernels, then the disk. Together under 10 s, the first time.
+_KERNELS_S, _DISK_S = 7.0, 1.5
+# A shorter file tells more of a cache than of its disk.
+_LEAST_FILE_BYTES = 2**26
+
+
+def measured_profile(paths: Paths, n_threads: int, types: Iterable[int], head_dim: int, file: Path) -> DeviceProfile:
+    """What this device can do with matrices of these ggml types, heads of this size, and the disk that `file` is on
+    (its path need not exist: then the disk is as it was measured before, or nominal)."""
+    from offload.disk_speed import disk_key, measure_disk
+
+    store, backend = ProfileStore(paths.cache / "device.json"), Backend(n_threads)
+    try:
+        where = next(one for one in (file, *file.parents) if one.exists())
+        keys = backend.speed_key, disk_key(where)
+        known, disk = store.load(*keys)
+        profile = calibrate(backend, known, types, head_dim, _KERNELS_S)
+        if disk is None and where.is_file() and where.stat().st_size >= _LEAST_FILE_BYTES:
+            disk = measure_disk(where, _DISK_S)
+        profile = replace(profile, disk=disk or profile.disk)
+        if profile != known:
+            store.save(*keys, profile)
+        return profile
+    finally:
+        backend.close()
+
+
+def cluster_profile(paths: Paths, options: EngineOptions, types: Iterable[int], head_dim: int, file: Path) -> Profile:
+    """What this device tells the others of a cluster about itself."""
+    from tensorpar.profile import Profile
+
+    device = measured_profile(paths, options.n_threads, types, head_dim, file)
+    memory_bytes = options.memory_bytes or MemoryProbe().available_bytes()
+    return Profile.of(device, memory_bytes, options.settled_layout, head_dim)
+
+
+def matrix_types(file: ModelFile) -> set[int]:
+    """The ggml types of the file's matrices."""
+    return {one.type.id for one in file.tensors.values() if len(one.shape) > 1}
