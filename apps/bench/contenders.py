@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgert.engine.layouts import LayoutChoice
     from edgert.planning import EngineOptions
     from edgert.runtime import Runtime
-    from tensorpar.leader import ClusterOptions
+    from tensorpar.workers import ClusterOptions
 
 EngineName = Literal["edgert", "llama.cpp"]
 # A prompt as a person would send it, repeated until it is long enough.

@@ -93,8 +93,8 @@ class Worker:
 def _cluster_options(told: Message | None) -> Any:
     if told is None:
         return None
-    from tensorpar.leader import ClusterOptions
     from tensorpar.members import parse_address
+    from tensorpar.workers import ClusterOptions
 
     return ClusterOptions(told["devices"], tuple(map(parse_address, told["peers"])), told["wire"])
 
