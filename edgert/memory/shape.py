@@ -39,6 +39,8 @@ class ModelShape:
     slot_bytes: int = 0  # one expert in a pool of slots, where weights stream
     least_slots: int = 0
     kept_bytes_per_token: int = 0  # experts' outputs, where a pool holds less than a layer
+    foresees: bool = False  # a layer's experts are known, and read, before its attention computes
+    key: str = ""  # what tells the model's shapes and types from others
 
     @property
     def n_slots(self) -> int:
