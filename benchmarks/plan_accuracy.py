@@ -4,8 +4,9 @@
     python benchmarks/plan_accuracy.py MODELS_DIR --choices       # the chosen plan beside 12 others of each budget
 
 Each case runs in a control group of the budget's size, from a cold page cache, with a fresh calibration that no answer
-corrects; the grid is made before it starts. Cases that the planner refuses are named and left out. Peak memory is the
-larger of the process's and the group's. Prints a table, a JSON line for each case, and the errors.
+corrects (of a model with experts, one answer shows how it chooses them); the grid is made before it starts. Cases that
+the planner refuses are named and left out. Peak memory is the larger of the process's and the group's. Prints a table,
+a JSON line for each case, and the errors.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from apps.bench.speed import steady_rate
 _TIMEOUT_S = 1200.0
 _REFUSED = 5  # edgert's exit status for a budget that is too small
 _MIB = 2**20
+_LEARN_FROM_TOKENS = 128
 # (model to budget, context, tokens of the prompt, bound on the disk in MB/s); prompts fill a batch, and with it
 # the compute buffers.
 _SMALL: tuple[tuple[float, int, int, int], ...] = (
@@ -74,7 +76,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 
     from edgert.ggml.library import load_libraries
     from edgert.gguf.model_file import ModelFile
-    from edgert.memory.model import Sizes, comfortable_bytes, least_window, memory_bytes
+    from edgert.memory.model import Sizes, comfortable_bytes, hit_rate, least_window, memory_bytes
     from edgert.memory.planner import plan_with, predict_pass
     from edgert.memory.probe import MemoryProbe
     from edgert.paths import Paths
@@ -89,6 +91,8 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     with Planning(file, Paths.of_user(), _options(args), MemoryProbe()) as planning:
         if args.child == "calibrate":
             planning.calibrate()
+            if planning.demand.shape.n_experts:
+                _learn_hits(planning)
             return {}
         plan = planning.plan() if args.sizes is None else \
             plan_with(planning.demand, planning.budget_bytes, Sizes(**json.loads(args.sizes)))
@@ -96,8 +100,8 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     try:
         demand, device, n_prompt = planning.demand, planning.profile, args.prompt
         start = time.perf_counter()
-        logits = engine.step(np.array([(i * 7) % 5000 + 100 for i in range(n_prompt)], np.int32))
-        times, token_ids = [time.perf_counter()], list[int]()
+        logits = engine.step(_prompt(n_prompt))
+        times, token_ids, before = [time.perf_counter()], list[int](), engine.plan()
         for _ in range(args.tokens):
             token_ids.append(int(logits[-1].argmax()))
             logits = engine.step(np.array(token_ids[-1:], np.int32))
@@ -114,12 +118,41 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
                 "predicted_peak_bytes": min(predicted, plan.budget_bytes), "peak_rss_bytes": peak_rss_bytes(),
                 "least_window_bytes": least_window(demand.shape), "comfortable_bytes": comfortable_bytes(demand.shape),
                 "small_bytes": demand.shape.small_bytes,
-                "waited_s": getattr(engine.weights, "waited_s", 0.0), "parts_s": asdict(token),
+                "waited_s": getattr(engine.weights, "waited_s", 0.0), "hit_rate": _hit_rate(before, engine.plan()),
+                "predicted_hit_rate": hit_rate(demand.shape, plan.sizes, 1, demand.curve), "parts_s": asdict(token),
                 "disk_bytes_s": device.disk.bytes_s, "streamed_bytes": plan.streamed_bytes}
     finally:
         engine.close()
         if vocabulary is not None:
             vocabulary.close()
+
+
+def _prompt(n_tokens: int) -> Any:
+    import numpy as np
+
+    return np.array([(i * 7) % 5000 + 100 for i in range(n_tokens)], np.int32)
+
+
+def _hit_rate(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """Of the experts that were used between two accounts."""
+    hits, misses = (after.get(f"expert_{key}", 0) - before.get(f"expert_{key}", 0) for key in ("hits", "misses"))
+    return float(hits / max(1, hits + misses))
+
+
+def _learn_hits(planning: Any) -> None:
+    """An answer before the grid, for nobody knows how a model chooses experts until it has."""
+    import numpy as np
+
+    from edgert.runtime import open_planned
+
+    engine, _ = open_planned(planning, planning.plan(int(planning.file.file_bytes / 1.5)))
+    try:
+        logits = engine.step(_prompt(_LEARN_FROM_TOKENS))
+        for _ in range(_LEARN_FROM_TOKENS):
+            logits = engine.step(np.array([int(logits[-1].argmax())], np.int32))
+        planning.learn_hits(engine.weights.experts.hit_curve())  # type: ignore[union-attr]
+    finally:
+        engine.close()
 
 
 def _options(args: argparse.Namespace) -> Any:

@@ -62,7 +62,8 @@ class Timings:
     prompt: Account = field(default_factory=Account)
     predicted: Account = field(default_factory=Account)
     forecast_per_second: float | None = None
-    """Tokens per second that the plan promised for the answer's beginning; None on a device that is not calibrated."""
+    """Tokens per second that the plan promised for the answer's beginning; None on a device of which nothing is known,
+    neither by `edgert plan` nor by an answer."""
     forecast_time_to_first_token_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:

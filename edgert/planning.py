@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -28,11 +29,12 @@ from edgert.errors import UsageError
 from edgert.ggml.backend import Backend
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
+from edgert.memory.demand_store import DemandStore
 from edgert.memory.kv import KVSizes
-from edgert.memory.model import kv_bytes
+from edgert.memory.model import HIT_CURVE, Sizes, kv_bytes, predict
 from edgert.memory.planner import Demand, Plan, default_context, make_plan, smallest_budget
 from edgert.memory.probe import MemoryProbe
-from edgert.memory.profile import DeviceProfile, Part
+from edgert.memory.profile import DeviceProfile, HitCurve, Part
 from edgert.memory.profile_store import ProfileStore
 from edgert.memory.shape import ModelShape
 from edgert.paths import Paths
@@ -48,8 +50,9 @@ _MIN_CONTEXT_LENGTH, _MAX_BATCH = 8, 8192
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS; libgomp crashes on many more
 # Other programs' memory is not ours to push out.
 _SHARE_OF_AVAILABLE = 0.9
-# The first calibration of a device: kernels, then the disk. Together under 10 s.
-_KERNELS_S, _DISK_S = 7.0, 1.5
+# The first calibration of a device: kernels, then the disk; and 1-3 s for a rehearsal. Together under 10 s.
+_KERNELS_S, _DISK_S = 5.0, 1.5
+_REHEARSAL_SHARE = 0.25  # of the memory that is left
 # KV of the whole context may take this share of a memory budget before steps attend to a set of tokens.
 _MOST_KV_SHARE = 1 / 3
 # Sets that are tried where the memory manager decides, and the smallest that a user may ask for.
@@ -111,15 +114,17 @@ class Planning:
             self.keys = self.backend.speed_key, disk_key(file.path)
             known, _ = self._store.load(*self.keys)
             self.profile = known or DeviceProfile(n_threads=options.n_threads)
-            self.is_calibrated = known is not None
             overheads = measure_overheads(self.backend, file, self.arch, self.kv, self.graphs, self.pieces,
                                           batch_size=options.batch_size, is_shard=is_shard, probe=probe,
                                           n_logits=MAX_PASS_TOKENS if options.may_speculate(self.arch) else 1,
                                           budget_bytes=self.budget_bytes)
             shape = shape_of(file, self.arch, self.pieces, options.kv_type)
-            self.demand = Demand(shape, overheads, self.kv.context_length, options.batch_size, self.layouts.repacked)
-            self.head = None if is_shard else head_of(file, self.arch, paths)
+            self.demand = Demand(shape, overheads, self.kv.context_length, options.batch_size, self.layouts.repacked,
+                                 self.profile.curves.get(shape.key, HIT_CURVE))
+            self.head: RetrievalHead | None = None
             if not is_shard:
+                DemandStore(paths.cache / "demands.json").save(file.path, self.demand, *self.keys)
+                self.head = head_of(file, self.arch, paths)
                 self.demand = self._with_kv()
             self._opened = opened.pop_all()
 
@@ -167,20 +172,49 @@ class Planning:
                 vocabulary.close()
 
     def calibrate(self) -> None:
-        """Measure what is not known yet of this device: at most 10 s, and nothing the second time."""
+        """Measure what is not known yet of this device and of this model on it: 10 s at the most, and once."""
         from offload.disk_speed import measure_disk
 
         known, disk = self._store.load(*self.keys)
+        curves = {} if known is None else known.curves
+        if not self.is_calibrated:
+            known = None  # corrections of nominal figures are none of measured ones
         types = {*self.demand.shape.matrix_bytes, *self.demand.shape.head_bytes, *self.demand.shape.expert_bytes}
         profile = calibrate(self.backend, known, types, self.arch.hp.head_dim, _KERNELS_S)
-        profile = replace(profile, disk=disk or measure_disk(self.file.path, _DISK_S))
-        if profile != known:
-            self._store.save(*self.keys, profile)
-        self.profile, self.is_calibrated = profile, True
+        profile = replace(profile, curves=curves, disk=disk or measure_disk(self.file.path, _DISK_S))
+        self.profile = self._rehearsed(profile)
+        if self.profile != known:
+            self._store.save(*self.keys, self.profile)
+
+    def _rehearsed(self, profile: DeviceProfile) -> DeviceProfile:
+        """With this model's pass of one token, unless that was rehearsed before, or would take long."""
+        from offload.rehearsal import LONG_S, rehearse
+
+        shape = self.demand.shape
+        if shape.key in profile.rehearsals or predict(shape, profile, Sizes("resident"), 1).multiply_s > LONG_S:
+            return profile
+        rehearsal = rehearse(self.backend, self.file, self.arch, self.pieces, shape, self.options.kv_type,
+                             int(self.left_bytes * _REHEARSAL_SHARE))
+        return profile if rehearsal is None else replace(
+            profile, rehearsals={**profile.rehearsals, shape.key: rehearsal})
+
+    @property
+    def is_rehearsed(self) -> bool:
+        return self.demand.shape.key in self.profile.rehearsals
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.profile.is_measured
 
     def learn(self, part: Part, measured_over_predicted: float) -> None:
         """Correct the profile by an answer that took so many times what was predicted, and keep it."""
         self.profile = self.profile.learn(part, measured_over_predicted)
+        self._store.save(*self.keys, self.profile)
+
+    def learn_hits(self, curve: HitCurve) -> None:
+        """Keep how often this model's experts were found, for the plans to come."""
+        self.profile = replace(self.profile, curves={**self.profile.curves, self.demand.shape.key: curve})
+        self.demand = replace(self.demand, curve=curve)
         self._store.save(*self.keys, self.profile)
 
     def plan(self, budget_bytes: int | None = None) -> Plan:
@@ -227,7 +261,13 @@ def shape_of(file: ModelFile, arch: Architecture, pieces: Sequence[Piece], kv_ty
         least_slots=least_slots(hp) if of_experts else 0,
         kept_bytes_per_token=Choice.size_bytes(hp, 1) if of_experts else 0, window=hp.window,
         n_window_layers=len(hp.window_layers), context_length=hp.context_length,
-        repackable_bytes=dict(matrices + head + experts))
+        repackable_bytes=dict(matrices + head + experts), foresees=bool(hp.carried_size), key=_key(arch, pieces))
+
+
+def _key(arch: Architecture, pieces: Sequence[Piece]) -> str:
+    """The same for models whose passes cost the same: names, shapes and types of all tensors."""
+    parts = sorted((piece.spec.name, piece.first_row, piece.shape, piece.type_id) for piece in pieces)
+    return f"{arch.hp.architecture}-{sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def head_of(file: ModelFile, arch: Architecture, paths: Paths) -> RetrievalHead | None:

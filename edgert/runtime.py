@@ -92,8 +92,8 @@ class Runtime:
         them unless a memory budget has no room. Keys and values that have no room lie in the directory `kv_store`.
         `session` names a text whose keys and values `save_session` keeps on disk: they are there again, and not
         computed, whenever it is named. With `cluster`, the paired devices compute too, and what is said about memory is
-        about this one. On a device that `edgert plan` has measured, answers correct its profile, unless `learn` is
-        False.
+        about this one. Answers correct what is known of the device's speed, unless `learn` is False; nothing is
+        measured for it.
         Raises ModelNotFound, ModelFileError, OutOfMemory (BudgetTooSmall), UsageError, NativeLibraryError.
         """
         paths, tracer = Paths.of_user(), Trace(trace) if trace else OFF
@@ -120,7 +120,7 @@ class Runtime:
                     with Planning(file, paths, options, MemoryProbe()) as planning:
                         plan = planning.plan()
                         engine, governor = open_planned(planning, plan, tracer)
-                    forecast = Forecast(planning, plan, governor, learn)
+                    forecast = Forecast(planning, plan, engine.weights, governor, learn)
             try:
                 tokenizer = vocabulary.result()
                 _check_vocabulary(file, tokenizer, engine.arch)
@@ -332,8 +332,8 @@ def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Tr
 
 def open_planned(planning: Planning, plan: Plan, trace: Trace = OFF,
                  collective: Collective | None = None) -> tuple[Engine, Governor | None]:
-    """The engine of the plan's sizes, which owns what `planning` has opened; and who moves its weights, where they
-    stream through a window."""
+    """The engine of the plan's sizes, which owns what `planning` has opened; and who moves its weights, where they are
+    not all mapped."""
     file, arch, backend, kv = planning.file, planning.arch, planning.backend, planning.kv
     if plan.sizes.weights == "streamed":
         from offload.loading import open_window
@@ -342,8 +342,6 @@ def open_planned(planning: Planning, plan: Plan, trace: Trace = OFF,
         weights = open_window(backend, file, arch, planning.pieces, plan, trace=trace)
         engine = _engine(planning, weights, plan, trace, collective, planning.graphs)
         planning.release()
-        if not plan.sizes.window_bytes:  # nothing but experts moves
-            return engine, None
         governor = Governor(plan, weights, kv, MemoryProbe())
         engine.between_steps = governor.before_step
         return engine, governor

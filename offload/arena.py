@@ -11,6 +11,9 @@ import contextlib
 import ctypes
 import mmap
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgert.errors import OutOfMemory
 
 HUGE_PAGE_BYTES = 2 * 2**20
@@ -18,10 +21,12 @@ PAGE_BYTES = 4096
 
 
 class Arena:
-    """`size_bytes` of memory, carved from the front. Resident at once: a budget that does not fit fails here."""
+    """`size_bytes` of memory, carved from the front. Resident at once: a budget that does not fit fails here. But for
+    the last `spare_bytes`, which take memory when they are written."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+    def __init__(self, size_bytes: int, spare_bytes: int = 0, *, huge_pages: bool = True) -> None:
+        now_bytes = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+        self.size_bytes = now_bytes + -(-spare_bytes // PAGE_BYTES) * PAGE_BYTES
         try:
             self._map = mmap.mmap(-1, self.size_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
@@ -31,8 +36,9 @@ class Arena:
         self._used_bytes = 0
         start = self._start = self.base - whole
         with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages: slower, not wrong
-            self._map.madvise(mmap.MADV_HUGEPAGE, start // PAGE_BYTES * PAGE_BYTES, self.size_bytes)
-        ctypes.memset(self.base, 0, self.size_bytes)
+            self._map.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE,
+                              start // PAGE_BYTES * PAGE_BYTES, self.size_bytes)
+        ctypes.memset(self.base, 0, now_bytes)
 
     @property
     def free_bytes(self) -> int:
@@ -46,6 +52,10 @@ class Arena:
         address = self.base + self._used_bytes
         self._used_bytes += size
         return address
+
+    def array(self) -> NDArray[np.uint8]:
+        """All of it, to be written. Valid until `close`."""
+        return np.frombuffer(memoryview((ctypes.c_uint8 * self.size_bytes).from_address(self.base)), np.uint8)
 
     def give_back(self, address: int, size_bytes: int) -> None:
         """Let the system have the pages of a carved range, page aligned. They read as zeros, and take memory again

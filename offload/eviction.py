@@ -67,6 +67,17 @@ class ExpertSlots:
         self._take_out(key)
         self._free.append(self._slots.pop(key))
 
+    def resize(self, n_slots: int) -> list[tuple[Key, int]]:
+        """From now on there are `n_slots`; none may be held. The experts that had to go, and their slots."""
+        gone = [(key, slot) for key, slot in self._slots.items() if slot >= n_slots]
+        for key, _ in gone:
+            self._take_out(key)
+            del self._slots[key]
+        taken = frozenset(self._slots.values())
+        self._free = [slot for slot in range(n_slots - 1, -1, -1) if slot not in taken]
+        self.n_slots = n_slots
+        return gone
+
     def _take_out(self, key: Key) -> None:
         time = self._last_use.pop(key, None)
         if time is None:

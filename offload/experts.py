@@ -15,11 +15,13 @@ from edgert.architectures.base import Hyperparameters, Weights
 from edgert.engine.trace import OFF, Trace
 from edgert.ggml.backend import Buffer
 from edgert.ggml.graph import Context, Tensor
+from edgert.memory.profile import HitCurve
 from offload.arena import Arena
 from offload.direct_file import ALIGN_BYTES, DirectFile
 from offload.eviction import ExpertSlots, Key
 from offload.readers import Read, Readers, aligned_range
 from offload.residency import Piece
+from offload.working_set import WorkingSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ class ExpertPool:
                  files: Sequence[DirectFile], is_cancelled: Callable[[], bool], *, n_threads: int = 4,
                  trace: Trace = OFF) -> None:
         self.shape, self.n_slots, self.holds_a_layer = shape, n_slots, n_slots >= hp.n_experts
-        self._files, self._is_cancelled, self._trace = files, is_cancelled, trace
+        self._files, self._is_cancelled, self._trace, self._arena = files, is_cancelled, trace, arena
+        self._n_used, self._least_slots = hp.n_experts_used, min(n_slots, hp.n_experts)
         self._base = arena.carve(n_slots * shape.slot_bytes)
         self._slots = ExpertSlots(n_slots, hp.n_layers)
         self._clock, self._offset = _Clock(), 0
@@ -110,6 +113,7 @@ class ExpertPool:
         self._missing: dict[int, None] = {}  # those that wait for a slot
         self._last_use: dict[int, int] = {}  # all of them, with the time of their last use
         self.counters = Counters()
+        self._working_set = WorkingSet(hp.n_layers * hp.n_experts, hp.n_layers * hp.n_experts_used)
         self._context = Context(3 * len(shape.layers))
         self._weights = {layer: {m.piece.spec.key: self._tensor(m, buffer) for m in matrices}
                          for layer, matrices in shape.layers.items()}
@@ -127,8 +131,39 @@ class ExpertPool:
     def bytes_read(self) -> int:
         return self._readers.bytes_read
 
+    @property
+    def spare_bytes(self) -> int:
+        """What `give_back` may take: never a layer's slots, without which all outputs of a prompt would be kept."""
+        return (self.n_slots - self._least_slots) * self.shape.slot_bytes
+
+    def give_back(self, n_bytes: int) -> None:
+        """Let the system have slots worth `n_bytes` of the pool as it was made, or take some again; only between two
+        steps. Raises Cancelled."""
+        n_slots = max(self._least_slots, self.n_slots - -(-n_bytes // self.shape.slot_bytes))
+        before = self._slots.n_slots
+        if n_slots == before:
+            return
+        with self._trace.span(f"{n_slots} slots for experts, were {before}", "load"):
+            for key, slot in self._slots.resize(n_slots):
+                if key in self._reads:
+                    self._abandon(key, slot)
+            for slot in [slot for slot in self._unsettled if slot >= n_slots]:
+                for read in self._unsettled[slot]:
+                    read.settle(self._is_cancelled)
+                del self._unsettled[slot]
+            if n_slots < before:
+                start = n_slots * self.shape.slot_bytes
+                self._arena.give_back(self._base + start, before * self.shape.slot_bytes - start)
+
+    def forget(self, layer: int, expert: int) -> None:
+        """Read the expert again when it is wanted next; it is here, and no layer is being computed."""
+        self._slots.forget((layer, expert))
+
+    def hit_curve(self) -> HitCurve | None:
+        return self._working_set.curve()
+
     def plan(self) -> dict[str, float]:
-        return {"expert_slots": self.n_slots, "expert_slot_bytes": self.shape.slot_bytes,
+        return {"expert_slots": self._slots.n_slots, "expert_slot_bytes": self.shape.slot_bytes,
                 **{f"expert_{name}": value for name, value in asdict(self.counters).items()},
                 "expert_read_bytes": self.bytes_read}
 
@@ -143,6 +178,9 @@ class ExpertPool:
         self._clock.newest = max(self._clock.newest, max(last_use.values()) + self._offset)
         new = [expert for expert in last_use if expert not in self._last_use]
         self._last_use |= {expert: position + self._offset for expert, position in last_use.items()}
+        if new:  # a token alone uses so many, all at one position
+            is_one = len(last_use) == self._n_used and len({*last_use.values()}) == 1
+            self._working_set.use(layer, new, self._last_use[new[-1]], counts=is_one)
         unheld = [expert for expert in last_use if expert not in self._held and expert not in self._missing]
         absent = dict.fromkeys(expert for expert in unheld if not self._hold(expert))
         self.counters.misses += len(absent)

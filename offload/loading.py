@@ -21,6 +21,7 @@ from edgert.engine.engine import forward
 from edgert.engine.fused import FusedGraphs
 from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache
 from edgert.engine.trace import OFF, Trace
+from edgert.engine.weights import Experts
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
 from edgert.gguf.model_file import ModelFile
@@ -31,12 +32,12 @@ from offload.arena import HUGE_PAGE_BYTES, Arena
 from offload.direct_file import forget_cached
 from offload.embedding import EmbeddingRows
 from offload.experts import PoolShape, split_experts
-from offload.residency import Piece, Residency, choose, cut, n_parts
+from offload.residency import Piece, Residency, always_pinned, block_bytes, choose, cut, n_parts
 from offload.window import WindowWeights, by_block
 
 # What the process still grows by after its weights are placed: stacks of readers and of compute threads (1 MiB), the
-# template engine (2 MiB), what Python and the C library keep. A graph takes 50 KiB with its Python objects.
-_GROWTH_BYTES, _GRAPH_BYTES = 5 * 2**20, 64 * 2**10
+# template engine (2 MiB), what Python and the C library keep. 114 graphs with their Python objects took 3 MiB.
+_GROWTH_BYTES, _GRAPH_BYTES = 5 * 2**20, 32 * 2**10
 # The kernel reads ahead this far behind a header, more than any disk's read_ahead_kb that we have seen.
 _READAHEAD_BYTES = 32 * 2**20
 _log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Headers:
         # Placed where nothing is ever read: the allocator must only not give them memory of its own.
         self._buffer = backend.wrap(HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
         pieces, experts = (pieces, []) if are_whole else split_experts(pieces)
-        self.experts = _AnyExperts({
+        self.experts: Experts | None = _AnyExperts({
             layer: {piece.spec.key: self._tensor(piece.type_id, (*piece.shape[:2], n_slots)) for piece in of_layer}
             for layer, of_layer in _by_layer(experts).items()}) if experts else None
         tensors = {piece: self._tensor(piece.type_id, piece.shape) for piece in pieces}
@@ -77,9 +78,6 @@ class Headers:
     @contextmanager
     def lease(self, block: Block, phase: Phase) -> Iterator[Weights]:
         yield self._blocks[block]
-
-    def hint(self, blocks: Sequence[Block]) -> None:
-        """Nothing moves."""
 
     def close(self) -> None:
         self._context.close()
@@ -105,6 +103,9 @@ class _AnyExperts:
 
     def release(self) -> None:
         """Nothing is held."""
+
+    def hit_curve(self) -> None:
+        """Nothing is learnt."""
 
 
 def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv: DenseKVCache,
@@ -140,15 +141,23 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: 
     pool = (PoolShape.of(experts), plan.sizes.pool_slots) if experts else None
     pool_bytes = pool[1] * pool[0].slot_bytes if pool else 0
     _log_plan(residency, plan, pool_bytes)
+    spare_bytes = 0 if residency.streamed else spare_window_bytes(static)
     arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, plan.batch_size)
-                  + pool_bytes)
-    return WindowWeights(backend, model, arch, residency, arena, batch_size=plan.batch_size, trace=trace, pool=pool)
+                  + pool_bytes, spare_bytes)
+    return WindowWeights(backend, model, arch, residency, arena, batch_size=plan.batch_size, trace=trace, pool=pool,
+                         spare_window_bytes=spare_bytes)
+
+
+def spare_window_bytes(pieces: Sequence[Piece]) -> int:
+    """For what is pinned and may have to stream: two blocks, and the gap that a ring leaves."""
+    large = [piece for piece in pieces if not always_pinned(piece)]
+    return 2 * max(block_bytes(large).values(), default=0) + max((piece.slot_bytes for piece in large), default=0)
 
 
 def _fused_bytes(backend: Backend, model: ModelFile, arch: Architecture, kv: DenseKVCache, n_tokens: int,
                  n_logits: int) -> int:
     """Compute buffers of the whole model in one graph."""
-    pieces = cut(model, arch, cuts_ffn=False)
+    pieces = cut(model, arch, is_whole=True)
     whole, fused = Headers(backend, pieces, model, n_tokens, are_whole=True), FusedGraphs(backend, arch, kv)
     try:
         return fused.reserve(_largest(n_tokens, n_logits, kv), lambda states: forward(states, arch, whole, kv, Solo()))

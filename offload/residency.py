@@ -83,13 +83,14 @@ class Residency:
         return sum(p.slot_bytes for p in self.streamed)
 
 
-def cut(model: ModelFile, arch: Architecture, n_tokens: int = 0, *, cuts_ffn: bool = True) -> list[Piece]:
-    """Every tensor of every block but the embedding, in the order in which a step needs them; large ones cut by rows.
+def cut(model: ModelFile, arch: Architecture, n_tokens: int = 0, *, is_whole: bool = False) -> list[Piece]:
+    """Every tensor of every block but the embedding, in the order in which a step needs them; large ones cut by rows,
+    unless all `is_whole`.
 
     The output head is cut wherever it is large; FFN blocks where that takes less memory, with `n_tokens` in the cache.
     """
     rows = _rows_per_part(model, arch)
-    if not cuts_ffn or n_tokens * FfnParts.bytes_per_token(arch.hp) > _largest_ffn(model, arch):
+    if is_whole or n_tokens * FfnParts.bytes_per_token(arch.hp) > _largest_ffn(model, arch):
         rows = {}
     pieces = []
     for block in blocks_of(arch.hp)[1:]:
@@ -100,7 +101,7 @@ def cut(model: ModelFile, arch: Architecture, n_tokens: int = 0, *, cuts_ffn: bo
                 continue
             n_rows = 1 if len(info.shape) < 2 else info.shape[1]
             first_part, n_per_part = 0, n_rows
-            if block == OUTPUT and info.n_bytes > MAX_PIECE_BYTES:
+            if block == OUTPUT and info.n_bytes > MAX_PIECE_BYTES and not is_whole:
                 n_per_part = _rows_within(MAX_PIECE_BYTES, info.n_bytes // n_rows)
             elif block.kind == "ffn":
                 first_part, n_per_part = rows.get(spec.key, (0, n_rows))

@@ -77,14 +77,15 @@ class WindowWeights:
     """A WeightSource for models larger than memory. Holds `arena.size_bytes`; the file is never mapped.
 
     Pinned pieces are a stack in order of worth: `pin` cuts the top off between two steps, when memory is wanted for
-    something else, and reads it back later. What is cut off streams meanwhile, so that answers stay the same.
+    something else, and reads it back later. What is cut off streams meanwhile, so that answers stay the same: where
+    everything was pinned, through a window of `spare_window_bytes` that takes memory only then.
     """
 
     resident = False
 
     def __init__(self, backend: Backend, model: ModelFile, arch: Architecture, residency: Residency, arena: Arena,
                  *, n_threads: int = 4, batch_size: int = 512, trace: Trace = OFF,
-                 pool: tuple[PoolShape, int] | None = None) -> None:
+                 pool: tuple[PoolShape, int] | None = None, spare_window_bytes: int = 0) -> None:
         self._arena, self._trace, self.residency = arena, trace, residency
         self._is_cancelled: Callable[[], bool] = lambda: backend.cancel.is_set
         self._files: list[DirectFile] = []
@@ -102,6 +103,8 @@ class WindowWeights:
         self.n_output_parts, self.n_ffn_parts = n_parts([*self._blocks])
         self._last = Block("output", part=self.n_output_parts - 1)
         self._slots: list[int] = []  # addresses of the pinned pieces, in order of worth
+        self._ends = [*accumulate(piece.slot_bytes for piece in residency.keep)]
+        self._n_small = sum(always_pinned(piece) for piece in residency.keep)
         self._n_pinned = self._pinning_bytes = 0
         self._let_stream(len(residency.keep))
         self._ring_pieces: deque[_InFlight] = deque()
@@ -119,7 +122,10 @@ class WindowWeights:
         except BaseException:
             self.close()
             raise
-        self._ring = Ring(arena.carve(residency.window_bytes), residency.window_bytes)
+        window_bytes = residency.window_bytes + spare_window_bytes
+        self.window_bytes, self._spare_bytes = window_bytes, spare_window_bytes
+        self.window_address = arena.carve(window_bytes)
+        self._ring = Ring(self.window_address, window_bytes)
         self._read_ahead()
 
     @property
@@ -147,14 +153,16 @@ class WindowWeights:
                 **(self.experts.plan() if self.experts else {})}
 
     def pin(self, n_bytes: int) -> None:
-        """Let pinned pieces worth at most `n_bytes` stay, small tensors always; only between two steps.
+        """Let pinned pieces worth at most `n_bytes` stay, small tensors always; only between two steps. A window that
+        was not there before takes its memory from `n_bytes`.
 
         Fewer than before: their memory goes back to the system. More, up to what was pinned first: they are read.
         Raises what a failing read raises, Cancelled; then it is as before.
         """
-        ends = [*accumulate(piece.slot_bytes for piece in self.residency.keep)]
-        n_small = sum(always_pinned(piece) for piece in self.residency.keep)
-        wanted, before = max(n_small, bisect_right(ends, n_bytes)), self._n_pinned
+        ends, before = self._ends, self._n_pinned
+        wanted = bisect_right(ends, n_bytes)
+        if wanted < len(ends):
+            wanted = max(self._n_small, bisect_right(ends, n_bytes - self._spare_bytes))
         if wanted == before:
             return
         was, is_to_be = (ends[n - 1] >> 20 if n else 0 for n in (before, wanted))
@@ -169,7 +177,19 @@ class WindowWeights:
             finally:
                 self._give_back(wanted)
                 self._let_stream(wanted)
+                if self._spare_bytes and not self._cycle:
+                    self._arena.give_back(self.window_address, self._spare_bytes)
                 self._read_ahead()
+
+    @property
+    def spare_expert_bytes(self) -> int:
+        """What experts' slots could give back."""
+        return self.experts.spare_bytes if self.experts else 0
+
+    def give_back_experts(self, n_bytes: int) -> None:
+        """Let slots worth `n_bytes` go, of those that there were first; only between two steps. Raises Cancelled."""
+        if self.experts is not None:
+            self.experts.give_back(n_bytes)
 
     def _fill(self, n_pinned: int) -> None:
         """Read the pieces of the stack from where it is filled up to `n_pinned`."""
@@ -273,9 +293,6 @@ class WindowWeights:
             rows = self.embedding.read(token_ids, self._is_cancelled)
             self._waited_s += time.perf_counter() - start
         yield {self.embedding.key: self.embedding.table}, rows
-
-    def hint(self, blocks: Sequence[Block]) -> None:
-        """The order never changes: the readers know it."""
 
     def close(self) -> None:
         everyone = [one for one in (self._readers, self._row_readers, self.experts) if one is not None]

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from edgert.errors import (
     UnsupportedArchitecture,
     UsageError,
 )
-from edgert.memory.profile import DeviceProfile
 from edgert.memory.profile_store import ProfileStore
 from edgert.paths import Paths
 from edgert.planning import EngineOptions, Planning
@@ -430,23 +430,31 @@ def test_a_trace_tells_loading_from_computing(tiny_model: TinyModel, tmp_path: P
     assert computed == ["prefill", "decode", "decode"]
 
 
-def test_a_device_that_was_measured_gets_a_forecast_and_learns_from_answers(
-        tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_teach_what_is_promised_of_the_next(tiny_model: TinyModel, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGERT_HOME", str(tmp_path))
     path, paths = tiny_model("llama", quantisation="F32"), Paths.of_user()
-    with load(path) as runtime:
-        assert runtime.generate(TEXT, max_tokens=2, sampling=GREEDY).timings.to_dict()["forecast_per_second"] is None
     store = ProfileStore(paths.cache / "device.json")
-    with Planning.open(path, paths, EngineOptions(context=512)) as planning:
-        store.save(*planning.keys, DeviceProfile())
-    for learns in (False, True):
+
+    def answered(learns: bool) -> dict[str, object]:
         with load(path, learn=learns) as runtime:
             generation = runtime.generate(TEXT, max_tokens=20, sampling=GREEDY)
             generation.result()
-            assert generation.timings.forecast_per_second and generation.timings.forecast_time_to_first_token_ms
+            return generation.timings.to_dict()
+
+    for learns in (False, True):  # of a device of which nothing is known, nothing is promised
+        assert answered(learns)["forecast_per_second"] is None
+    first = answered(False)
+    assert first["forecast_per_second"] and first["forecast_time_to_first_token_ms"]
+    with Planning.open(path, paths, EngineOptions(context=512)) as planning:
+        learnt, disk = store.load(*planning.keys)
+        assert learnt is not None and [*learnt.corrections] == ["compute"]
+        assert not learnt.is_measured and disk is None  # `edgert plan` measures both anew
+        store.save(*planning.keys, replace(learnt, multiply_s={"0/plain": {1: 1e-10}}, corrections={}))
+    for learns in (False, True):
+        assert answered(learns)["forecast_per_second"]
         profile, _ = store.load(*planning.keys)
-        assert profile is not None
-        assert [*profile.corrections] == ["compute"] * learns
+        assert profile is not None and [*profile.corrections] == ["compute"] * learns
 
 
 # -- closing -----------------------------------------------------------------------------------------------------------

@@ -81,6 +81,24 @@ def test_a_budget_that_is_too_small_is_refused_before_a_weight_is_read(path: Pat
     assert abs(refusal.value.smallest_bytes - budget_of(path, 0.0)) < 2**20
 
 
+def test_an_answer_teaches_how_often_experts_are_found(tiny_model: TinyModel, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGERT_HOME", str(tmp_path))
+    monkeypatch.setattr("edgert.runtime.MemoryProbe", EmptyMachine)
+    path = tiny_model("qwen3moe", n_experts=16, n_layers=3)
+    options = EngineOptions(2**30, CONTEXT)
+    with Planning(ModelFile.open(path), Paths.of_user(), options, EmptyMachine()) as planning:
+        budget, key = smallest_budget(planning.demand), planning.demand.shape.key
+    with Runtime.load(path, threads=1, context=CONTEXT, memory=budget) as runtime:
+        assert runtime.engine.weights.experts is not None
+        runtime.generate([1, 2, 3], max_tokens=60, sampling=GREEDY).result()
+    with Planning(ModelFile.open(path), Paths.of_user(), options, EmptyMachine()) as planning:
+        curve = planning.profile.curves[key]
+        assert planning.demand.curve == curve
+    assert (tuple(curve[0]), tuple(curve[-1])) == ((0, 0), (1, 1))
+    assert 0 < curve[1][1] <= 1  # tokens share experts
+
+
 _BUDGET = 320 * 2**20
 # Runs in a control group: greedy tokens, while a neighbour grows by 30 % of the budget in steps and then leaves.
 _IN_A_GROUP = """

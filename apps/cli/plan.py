@@ -21,7 +21,7 @@ _DESCRIPTION = """\
 Say how a model would run here: what stays in memory, what streams from disk,
 how fast it will answer, what limits it, and the smallest memory that works. No
 weight is read. The first time on a device, its disk and kernels are measured,
-which takes some seconds.
+and the first time for a model, how long it computes; that takes some seconds.
 """
 
 
@@ -119,6 +119,8 @@ def _options(args: argparse.Namespace) -> EngineOptions:
 def _calibrate(planning: Planning) -> None:
     if not planning.is_calibrated:
         print("measuring this device, once (up to 10 s) ...", file=sys.stderr)
+    elif not planning.is_rehearsed:
+        print("measuring this model here, once (up to 4 s) ...", file=sys.stderr)
     planning.calibrate()
 
 

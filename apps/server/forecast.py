@@ -1,15 +1,25 @@
 """What a model would do here within a budget: fit, stream, or be too slow; and about how fast.
 
-The one seam to whoever predicts speeds: `forecast` goes by bytes, since every token reads every active weight once,
-from memory where it stays and from disk where it does not. Figures of the device come in as `Speeds`.
+The one seam to whoever predicts speeds. Of a model that was opened or planned here, `planned` tells what the memory
+manager's planner says. Of others `forecast` goes by bytes, since every token reads every active weight once, from
+memory where it stays and from disk where it does not; figures of the device come in as `Speeds`.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from edgert.errors import BudgetTooSmall
+from edgert.memory.demand_store import DemandStore
+from edgert.memory.model import Sizes, memory_bytes
+from edgert.memory.model import kv_bytes as bytes_of_kv
+from edgert.memory.planner import Demand, make_plan, read_bytes, tok_s
+from edgert.memory.profile import DeviceProfile
+from edgert.memory.profile_store import ProfileStore
 from edgert.models.describe import Description
+from edgert.paths import Paths
 
 Verdict = Literal["fits", "streams", "too slow"]
 # Before anything was measured here: a small board's memory, and a cheap SSD read past the page cache.
@@ -81,6 +91,37 @@ def forecast(model: Shape, budget_bytes: int, context_length: int, speeds: Speed
         verdict = "too slow"
     return Forecast(verdict, 1 / seconds, speeds.measured, budget_bytes, pinned_bytes, kv_bytes, _PROCESS_BYTES,
                     streamed_bytes, needed_bytes)
+
+
+def planned(paths: Paths, model: Path, budget_bytes: int, context_length: int) -> Forecast | None:
+    """The plan for a model file, from what its last opening and this device's measurements have left in the cache. None
+    where either has left nothing."""
+    found = DemandStore(paths.cache / "demands.json").load(model)
+    if found is None:
+        return None
+    demand, device, disk = found
+    profile, _ = ProfileStore(paths.cache / "device.json").load(device, disk)
+    if profile is None:
+        return None
+    demand = replace(demand, context_length=min(context_length, demand.shape.context_length or context_length),
+                     curve=profile.curves.get(demand.shape.key, demand.curve))
+    return _of_plan(demand, profile, budget_bytes)
+
+
+def _of_plan(demand: Demand, profile: DeviceProfile, budget_bytes: int) -> Forecast:
+    shape, is_measured = demand.shape, profile.is_measured or bool(profile.corrections)
+    needed_bytes = memory_bytes(shape, demand.overheads, Sizes("resident"), demand.context_length)
+    try:
+        plan = make_plan(demand, profile, budget_bytes)
+    except BudgetTooSmall:
+        return Forecast("too slow", 0.0, is_measured, budget_bytes, 0, bytes_of_kv(shape, demand.context_length),
+                        0, shape.file_bytes, needed_bytes)
+    tokens_per_s, read = tok_s(demand, profile, plan), int(read_bytes(demand, plan.sizes))
+    verdict: Verdict = "too slow" if tokens_per_s < TOO_SLOW_TOK_S else "streams" if read else "fits"
+    pinned_bytes = shape.file_bytes if plan.sizes.weights == "resident" else \
+        plan.sizes.pinned_bytes + plan.sizes.pool_slots * shape.slot_bytes
+    return Forecast(verdict, tokens_per_s, is_measured, budget_bytes, pinned_bytes, plan.kv_bytes,
+                    max(0, plan.peak_bytes - pinned_bytes - plan.kv_bytes), read, needed_bytes)
 
 
 def learned(speeds: Speeds, model: Shape, tokens_per_s: float, streamed_bytes: int) -> Speeds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ from apps.server import measures
 from apps.server.asked import Prefill
 from apps.server.bodies import read_json
 from apps.server.fields import Fields
-from apps.server.forecast import Forecast, Shape, Speeds, forecast, learned
+from apps.server.forecast import Forecast, Shape, Speeds, forecast, learned, planned
 from apps.server.guard import client_of
 from apps.server.host import Host
 from apps.server.replies import Json, Refusal, answering_errors
@@ -26,6 +27,7 @@ from apps.server.streams import event, sse, while_client_waits
 from edgert.errors import InvalidRequest, OutOfMemory
 from edgert.memory.probe import MemoryProbe
 from edgert.models.describe import Description
+from edgert.paths import Paths
 
 _WATCH_S = 0.5  # how often the state is compared for whoever listens
 MAX_BUDGET_BYTES = 2**50
@@ -37,7 +39,7 @@ class StateRoutes:
     """The routes, over one host."""
 
     def __init__(self, host: Host, probe: MemoryProbe) -> None:
-        self._host, self._probe = host, probe
+        self._host, self._probe, self._paths = host, probe, Paths.of_user()
         self._speeds = Speeds()
         self._learned_from: tuple[str, float] | None = None
         host.measures.watch("edgert_requests_running", "Requests being answered", lambda: host.running is not None)
@@ -119,7 +121,7 @@ class StateRoutes:
 
     def _told(self, model: ShelfModel, budget_bytes: int) -> dict[str, Any]:
         known, loaded = model.description, self._host.loaded
-        predicted = self._forecast(known, budget_bytes, None).to_dict() if known else None
+        predicted = self._forecast(model.path, known, budget_bytes, None).to_dict() if known else None
         return {"name": model.name, "size_bytes": model.size_bytes, "problem": model.problem or None,
                 "architecture": known.architecture if known else None,
                 "quantisation": known.quantisation if known else None,
@@ -138,14 +140,15 @@ class StateRoutes:
         name, path = await self._host.shelf.find(request.query_params.get("model"))
         for model in await self._host.shelf.list():
             if model.path == path and model.description is not None:
-                return Json({"model": name, **self._forecast(model.description, memory or self.budget_bytes(),
-                                                             context).to_dict()})
+                told = self._forecast(path, model.description, memory or self.budget_bytes(), context)
+                return Json({"model": name, **told.to_dict()})
         raise Refusal(404, f"{name} cannot be read", "Fetch it again.", "model_not_found")
 
-    def _forecast(self, model: Description, budget_bytes: int, context: int | None) -> Forecast:
+    def _forecast(self, path: Path, model: Description, budget_bytes: int, context: int | None) -> Forecast:
         self._learn(model)
         length = context or self._host.load_options.context or _DEFAULT_CONTEXT
-        return forecast(Shape.of(model), budget_bytes, length, self._speeds)
+        return planned(self._paths, path, budget_bytes, length) \
+            or forecast(Shape.of(model), budget_bytes, length, self._speeds)
 
     def _learn(self, model: Description) -> None:
         """Take the speed of the last answer, once, where it was this model's."""

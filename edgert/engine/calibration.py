@@ -6,7 +6,6 @@ Kernels depend on ggml's build and the processor; results are kept under `Backen
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgert.engine.layouts import can_repack, repack_buffer_type
 from edgert.ggml.abi import TYPE_F16, TYPE_F32
@@ -34,8 +34,11 @@ _LEAST_RUNS, _RUNS_S = 3, 0.15
 # Attention over this many cached tokens: for one token in as many layers as exceed a cache, for a batch in one.
 _N_CACHED, _N_HEADS = 2048, 8
 _LAYERS_BY_BATCH = {1: 8, 128: 1}
-_N_SMALL_OPS, _SMALL_WIDTH = 200, 1024
 _COPY_BYTES = 64 * 2**20
+# Bytes that stand for weights: any, but that every second has a float16's sign and one of these exponents, so that the
+# scales of blocks, whatever their type, are 2^-5 to 2^-4, as scales are. Zeros are computed 10-20 % faster than weights
+# (fewer bits switch, and the clock is higher), scales down to 2^-12 up to twice as slowly.
+_EXPONENTS, _PATTERN_BYTES = (0x28, 0x2B), 4 * 2**20
 Owned = TypeVar("Owned", Context, Graph, Allocator, Buffer)
 
 
@@ -55,8 +58,7 @@ def calibrate(backend: Backend, known: DeviceProfile | None, types: Iterable[int
 
 
 def _basic(backend: Backend) -> DeviceProfile:
-    return DeviceProfile(op_s=_small_op(backend), block_s=_block(backend), memory_bytes_s=_memory_bandwidth(backend),
-                         n_threads=backend.n_threads)
+    return DeviceProfile(memory_bytes_s=_memory_bandwidth(backend), n_threads=backend.n_threads)
 
 
 def _products(backend: Backend, type_id: int) -> dict[str, dict[int, float]]:
@@ -79,10 +81,10 @@ def _products_in(backend: Backend, type_id: int, buffer_type: int | None) -> dic
         context = _owned(owned, Context(n_matrices))
         weights = [context.tensor(type_id, (_N_COLUMNS, _N_ROWS)) for _ in range(n_matrices)]
         buffer = _owned(owned, backend.alloc("calibration", n_matrices * (matrix_bytes + 64) + 64, buffer_type))
-        address, raw = -(-buffer.base // 64) * 64, (ctypes.c_uint8 * matrix_bytes)()
+        address, raw = -(-buffer.base // 64) * 64, np.resize(bytes_like_weights(), matrix_bytes)
         for weight in weights:
             buffer.place(weight, address)
-            ggml().base.ggml_backend_tensor_set(weight.address, raw, 0, matrix_bytes)
+            ggml().base.ggml_backend_tensor_set(weight.address, raw.ctypes.data, 0, matrix_bytes)
             address += -(-matrix_bytes // 64) * 64
         found = {}
         for n_tokens in _BATCHES:
@@ -90,6 +92,14 @@ def _products_in(backend: Backend, type_id: int, buffer_type: int | None) -> dic
             seconds = _time_graph(backend, partial(_multiply_all, used, n_tokens))
             found[n_tokens] = seconds / (len(used) * matrix_bytes)
         return found
+
+
+def bytes_like_weights() -> NDArray[np.uint8]:
+    """Finite in blocks of every type, and computed as fast as weights."""
+    random, n = np.random.default_rng(0), _PATTERN_BYTES // 2
+    pattern = random.integers(0, 256, 2 * n, np.uint8)
+    pattern[1::2] = random.integers(*_EXPONENTS, n, np.uint8) | random.integers(0, 2, n, np.uint8) << 7
+    return pattern
 
 
 def _multiply_all(weights: list[Tensor], n_tokens: int, g: Graph) -> list[Tensor]:
@@ -115,37 +125,6 @@ def _attention(backend: Backend, head_dim: int) -> dict[int, float]:
     return found
 
 
-def _small_op(backend: Backend) -> float:
-    def build(g: Graph) -> list[Tensor]:
-        x = first = g.input("x", TYPE_F32, (_SMALL_WIDTH, 1))
-        for _ in range(_N_SMALL_OPS):
-            x = g.rms_norm(x, None, 1e-5)
-        g.output(x)
-        return [first]
-
-    return _time_graph(backend, build) / _N_SMALL_OPS
-
-
-def _block(backend: Backend) -> float:
-    """Python's part of a block: three graphs of one operation, and some ten placeholders that are bound."""
-    with ExitStack() as owned:
-        context, buffer = _owned(owned, Context(1)), _owned(owned, backend.alloc("calibration", 4 * _SMALL_WIDTH))
-        graph, allocator = _owned(owned, Graph(16)), _owned(owned, Allocator(backend))
-        x = context.tensor(TYPE_F32, (_SMALL_WIDTH, 1))
-        buffer.place(x, buffer.base)
-        stand_in = graph.placeholder(x)
-        graph.output(graph.rms_norm(stand_in, None, 1e-5))
-        allocator.alloc(graph)
-
-        def run() -> None:
-            for _ in range(3):
-                for _ in range(5):
-                    graph.rebind(stand_in, x)
-                backend.compute(graph)
-
-        return _best(run)
-
-
 def _memory_bandwidth(backend: Backend) -> float:
     """Bytes/s that one core reads and writes in a copy, times the root of the threads up to four, which share a bus."""
     source, target = (np.ones(_COPY_BYTES, np.uint8) for _ in range(2))
@@ -153,13 +132,14 @@ def _memory_bandwidth(backend: Backend) -> float:
 
 
 def _time_graph(backend: Backend, build: Callable[[Graph], list[Tensor]]) -> float:
-    """Seconds of one computation of what `build` adds to a graph; it gives the inputs, which are set to 0."""
+    """Seconds of one computation of what `build` adds to a graph; it gives the inputs: float32 are set to 1, others
+    (masks, caches) to 0."""
     with ExitStack() as owned:
         graph, allocator = _owned(owned, Graph(512)), _owned(owned, Allocator(backend))
         inputs = build(graph)
         allocator.alloc(graph)
         for tensor in inputs:
-            Backend.array(tensor)[...] = 0
+            Backend.array(tensor)[...] = tensor.type == TYPE_F32
         backend.compute(graph)  # pages, threads, work buffer
         return _best(lambda: backend.compute(graph))
 

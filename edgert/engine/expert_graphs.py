@@ -21,13 +21,16 @@ from edgert.ggml.graph import Context, Tensor
 _ALIGN = 64
 # ggml keeps a list of rows for every slot, as long as all pairs: 8 bytes * slots * pairs of work memory.
 _MAX_ROW_LIST_BYTES = 16 * 2**20
+# A graph's rows and what is computed of them take some 20 KiB for each pair (of 2048 values); more pairs at once are
+# not faster, and how many come together depends on the disk: with a bound, memory is as planned.
+_MAX_PAIRS = 1024
 _MAX_PAIR_SHAPES = 256  # each some 3 KiB; a prompt's waves have hardly two of one size
 
 
 def pairs_at_once(n_slots: int, n_tokens: int) -> int:
     """Pairs that one graph computes. All tokens of an expert must be in one (the kernels choose by their number), and
     one expert can have them all."""
-    return max(n_tokens, _MAX_ROW_LIST_BYTES // (8 * n_slots))
+    return max(n_tokens, min(_MAX_PAIRS, _MAX_ROW_LIST_BYTES // (8 * n_slots)))
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -142,9 +142,6 @@ class ResidentWeights:
     @contextmanager
     def lease(self, block: Block, phase: Phase) -> Iterator[Weights]:
         yield self._blocks[block, phase]
-
-    def hint(self, blocks: Sequence[Block]) -> None:
-        """Nothing is read ahead: everything is here."""
 
     def close(self) -> None:
         if self._repack_buffer is not None:

@@ -1,10 +1,10 @@
 """The seam through which the engine gets weights.
 
 Contract: inside `with source.lease(block, phase) as weights:` the block's bytes are in memory, at the addresses that
-the tensors name; after it they may be overwritten. Leases do not nest. `hint(blocks)` names blocks that will be leased
-soon, in order; the source may start reading them and may ignore it. A failing read raises a typed error from
-`lease`, never from later. `phase` chooses between layouts where a source holds two; it never changes what is computed
-beyond what DESIGN.md calls equal.
+the tensors name; after it they may be overwritten. Leases do not nest. Blocks are leased in the order of `forward`
+(edgert/engine/engine.py), so a source knows what to read ahead. A failing read raises a typed error from `lease`,
+never from later. `phase` chooses between layouts where a source holds two; it never changes what is computed beyond
+what DESIGN.md calls equal.
 
 A source may keep experts on disk. Its `experts` then gives them one by one, and the lease of an FFN block gives the
 rest of it (norm and router): the router's choice must be known before the experts are read.
@@ -12,7 +12,7 @@ rest of it (norm and router): the router's choice must be known before the exper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgert.architectures.base import Block, Weights
 from edgert.engine.batch import Phase
+from edgert.memory.profile import HitCurve
 
 
 class Experts(Protocol):
@@ -47,6 +48,10 @@ class Experts(Protocol):
 
     def release(self) -> None:
         """The layer is done: its experts may make room for others."""
+        ...
+
+    def hit_curve(self) -> HitCurve | None:
+        """Share of all experts in memory, and of uses that would find theirs, as texts so far have shown."""
         ...
 
 
@@ -95,7 +100,5 @@ class WeightSource(Leases, Protocol):
     def plan(self) -> dict[str, Any]:
         """What lies where, for people and for `--json`."""
         ...
-
-    def hint(self, blocks: Sequence[Block]) -> None: ...
 
     def close(self) -> None: ...

@@ -1,8 +1,9 @@
-"""Moves pinned weights between two steps: out of the way of a growing context, and of other programs.
+"""Moves weights between two steps: out of the way of a growing context, and of other programs.
 
 As the context crosses a threshold of the plan, weights make room for KV. When memory runs short around the process,
-pinned weights are given back, the least worth first, and taken again once there is plenty for a while. What is given
-back streams meanwhile, so an answer in progress goes on with the same tokens. Knows no files and no tensors.
+weights are given back, the least worth first, and taken again once there is plenty for a while: experts before what is
+pinned, for every token needs all of the one and few of the other. What is given back is read meanwhile, so an answer
+in progress goes on with the same tokens. Knows no files and no tensors.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ class Pinned(Protocol):
     def pinned_bytes(self) -> int: ...
 
     def pin(self, n_bytes: int) -> None: ...
+
+    @property
+    def spare_expert_bytes(self) -> int:
+        """What experts' slots could give back, of those that there were first."""
+        ...
+
+    def give_back_experts(self, n_bytes: int) -> None: ...
 
 
 class Cells(Protocol):
@@ -84,7 +92,9 @@ class Governor:
         if now - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now
             self._look(now)
-        self._weights.pin(max(0, self._plan.stage(self._n_tokens).pinned_bytes - self.given_bytes))
+        of_experts = min(self.given_bytes, self._weights.spare_expert_bytes)
+        self._weights.give_back_experts(of_experts)
+        self._weights.pin(max(0, self._plan.stage(self._n_tokens).pinned_bytes - (self.given_bytes - of_experts)))
 
     def _look(self, now: float) -> None:
         free, stalled = self._surroundings.available_bytes(), self._surroundings.stalled_percent()
@@ -94,7 +104,8 @@ class Governor:
             self._calm_since_s = now
             self._stall_step_s = now if stalls else self._stall_step_s
             step = max(int(_GIVE_UNTIL * reserve) - free, reserve if stalls else 0)
-            self.given_bytes = min(self.given_bytes + step, self._plan.stage(self._n_tokens).pinned_bytes)
+            most = self._plan.stage(self._n_tokens).pinned_bytes + self._weights.spare_expert_bytes
+            self.given_bytes = min(self.given_bytes + step, most)
             _log.info("memory runs short: %d MiB of weights given back", self.given_bytes >> 20)
         elif free <= _TAKE_ABOVE * reserve or stalled > _CALM_PERCENT:
             self._calm_since_s = now

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
-from edgert.memory.profile import DeviceProfile, Layout, Limit
+from edgert.memory.profile import DeviceProfile, HitCurve, Layout, Limit
 from edgert.memory.shape import ModelShape, Overheads, Phase
 
 # KV takes memory in cells of this many tokens (edgert/engine/kv_cache.py).
 CELLS_PER_BUCKET = 256
-# Norms, RoPE, residual sums, products: what a layer has besides the arithmetic of its matrices.
-_OPS_PER_LAYER = 24
-_BLOCKS_PER_LAYER = 2
+# Of a model that was not rehearsed: norms, RoPE, residual sums, products, and the threads' meeting after each; and
+# Python's part of a block (lease, binding, call), of which a layer has two. Measured on two cores of 2025.
+_OPS_PER_LAYER, _OP_S = 24, 4e-6
+_BLOCKS_PER_LAYER, _BLOCK_S = 2, 6e-5
 _IN_FLIGHT_BYTES = 40 * 2**20
 # Prefill in parts over prefill in whole batches of 512 (measured, edgert/engine/blockwise.py).
 _PART_COST = {256: 1.02, 128: 1.09}
@@ -28,8 +29,7 @@ _PART_COST = {256: 1.02, 128: 1.09}
 _MEMORY_BOUND_SHARE = 0.6
 # Expert hits by share of the experts that are in memory, with eviction by recency. Source: routing of Qwen3-235B in
 # decode (the boyle project's curves); replaced by what is measured, where something is.
-HIT_CURVE: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.05, 0.34), (0.12, 0.58), (0.25, 0.80), (0.36, 0.89),
-                                              (0.55, 0.96), (1.0, 1.0))
+HIT_CURVE: HitCurve = ((0.0, 0.0), (0.05, 0.34), (0.12, 0.58), (0.25, 0.80), (0.36, 0.89), (0.55, 0.96), (1.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Prediction:
     limit: Limit
 
 
-def expected_hit_rate(residency: float, curve: Sequence[tuple[float, float]] = HIT_CURVE) -> float:
+def expected_hit_rate(residency: float, curve: HitCurve = HIT_CURVE) -> float:
     """Share of the experts asked for that are in memory, when `residency` of all experts are: linear between points."""
     if residency >= curve[-1][0]:
         return curve[-1][1]
@@ -123,7 +123,7 @@ def streamed_bytes(shape: ModelShape, sizes: Sizes) -> int:
 
 
 def hit_rate(shape: ModelShape, sizes: Sizes, n_tokens: int,
-             curve: Sequence[tuple[float, float]] = HIT_CURVE) -> float:
+             curve: HitCurve = HIT_CURVE) -> float:
     """Share of a pass's experts that need not be read. One token: by recency. A prompt asks for all of them, each once:
     the share that has a slot."""
     if sizes.weights == "resident" or not shape.n_experts:
@@ -133,7 +133,7 @@ def hit_rate(shape: ModelShape, sizes: Sizes, n_tokens: int,
 
 
 def missed_expert_bytes(shape: ModelShape, sizes: Sizes, n_tokens: int,
-                        curve: Sequence[tuple[float, float]] = HIT_CURVE) -> float:
+                        curve: HitCurve = HIT_CURVE) -> float:
     """What one pass reads of the experts: (1 - hit rate) * share of the experts asked for * bytes of all of them."""
     if not shape.n_experts:
         return 0.0
@@ -163,25 +163,54 @@ def comfortable_bytes(shape: ModelShape) -> int:
 
 
 def predict(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int, n_cached: int = 0, *,
-            batch_size: int = 512, curve: Sequence[tuple[float, float]] = HIT_CURVE) -> Prediction:
+            batch_size: int = 512, curve: HitCurve = HIT_CURVE) -> Prediction:
     """One pass of `n_tokens` over a cache of `n_cached`: a token of an answer, or a prompt.
 
     reading = bytes / disk bandwidth; computing = products + attention + overhead; both times what answers before have
-    taught; total = longer + (1 - overlap) * shorter. Experts, which nobody knows before their layer: those that are
-    here compute while the others are read, max(reading, hits * products) + (1 - hits) * products.
+    taught; total = longer + (1 - overlap) * shorter + what experts add.
     """
     byte_s, learnt = profile.corrected("disk") / profile.disk.bytes_s, profile.corrected("compute")
-    read_s, expert_read_s = streamed_bytes(shape, sizes) * byte_s, \
-        missed_expert_bytes(shape, sizes, n_tokens, curve) * byte_s
+    read_s = streamed_bytes(shape, sizes) * byte_s
     multiply_s = _multiply(shape, profile, sizes, n_tokens, batch_size) * learnt
     expert_s = _multiply_experts(shape, profile, sizes, n_tokens, batch_size) * learnt
     attend_s = _attend(shape, profile, n_tokens, n_cached) * learnt
     overhead_s = _overhead(shape, profile, sizes, -(-n_tokens // batch_size)) * learnt
-    compute_s, hits = multiply_s + attend_s + overhead_s, hit_rate(shape, sizes, n_tokens, curve)
-    limit = _limit(shape, profile, read_s + expert_read_s, compute_s + expert_s, multiply_s + expert_s, n_tokens)
+    compute_s = multiply_s + attend_s + overhead_s
+    expert_read_s = missed_expert_bytes(shape, sizes, n_tokens, curve) * byte_s \
+        + _expert_waits(shape, sizes, n_tokens, curve) * profile.disk.latency_s * profile.corrected("disk")
     total_s = max(read_s, compute_s) + (1 - overlap(shape, sizes)) * min(read_s, compute_s) \
-        + max(expert_read_s, hits * expert_s) + (1 - hits) * expert_s
+        + _experts(shape, profile, hit_rate(shape, sizes, n_tokens, curve), n_tokens, expert_s, expert_read_s,
+                   compute_s * shape.foresees)
+    limit = _limit(shape, profile, read_s + expert_read_s, compute_s + expert_s, multiply_s + expert_s, n_tokens)
     return Prediction(read_s + expert_read_s, multiply_s + expert_s, attend_s, overhead_s, total_s, limit)
+
+
+def _experts(shape: ModelShape, profile: DeviceProfile, hits: float, n_tokens: int, expert_s: float, read_s: float,
+             before_s: float) -> float:
+    """Seconds that experts add, which nobody knows before their layer: those that are here compute while the others are
+    read, as does what comes before them (`before_s`) where they are known earlier; then the others compute.
+
+    max(0, reading - before, hits * products) + (1 - hits) * products. For one token of a model that was rehearsed:
+    products + layers that miss any, layers * (1 - hits ** used), * what as many misses as such a layer has added,
+    used * (1 - hits) / (1 - hits ** used), linear between one and all.
+    """
+    rehearsal = profile.rehearsals.get(shape.key)
+    if rehearsal is None or not rehearsal.miss_s or n_tokens > 1:
+        return max(read_s - before_s, hits * expert_s) + (1 - hits) * expert_s
+    missing_share = 1 - hits**shape.n_experts_used
+    if missing_share <= 0:
+        return expert_s
+    points = sorted(rehearsal.miss_s.items())
+    miss_s = _linear(points, shape.n_experts_used * (1 - hits) / missing_share) if len(points) > 1 else points[0][1]
+    return expert_s + shape.n_layers * missing_share * miss_s * profile.corrected("disk")
+
+
+def _expert_waits(shape: ModelShape, sizes: Sizes, n_tokens: int, curve: HitCurve) -> float:
+    """How often a pass waits for a disk that is idle: in each layer that misses any of its experts, 1 - hits ** used.
+    A prompt asks for so many at once that the disk is never idle."""
+    if n_tokens > 1 or not shape.n_experts:
+        return 0.0
+    return shape.n_layers * (1 - hit_rate(shape, sizes, n_tokens, curve) ** shape.n_experts_used)
 
 
 def _multiply(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int, batch_size: int) -> float:
@@ -212,22 +241,42 @@ def _batches(n_tokens: int, batch_size: int) -> list[int]:
     return [batch_size] * full + [rest] * (rest > 0)
 
 
-def _attend(shape: ModelShape, profile: DeviceProfile, n_tokens: int, n_cached: int) -> float:
+def attention_products(shape: ModelShape, n_tokens: int, n_cached: int) -> float:
     """2 (K and V) * heads * head size * cached tokens that each token sees, summed over layers."""
     n_seen = n_cached if shape.kv is None or n_tokens > 1 else shape.kv.attended(n_cached)
     seen = n_tokens * (n_seen + (n_tokens + 1) / 2)
     n_full = shape.n_layers - shape.n_window_layers
     in_window = min(seen, n_tokens * shape.window)
-    products = 2 * shape.n_heads * shape.head_dim * (n_full * seen + shape.n_window_layers * in_window)
-    return profile.attend(shape.head_dim, products, n_tokens)
+    return 2 * shape.n_heads * shape.head_dim * (n_full * seen + shape.n_window_layers * in_window)
+
+
+def _attend(shape: ModelShape, profile: DeviceProfile, n_tokens: int, n_cached: int) -> float:
+    """Products * seconds for each, as heads of this size were measured. For one token of a model that was rehearsed:
+    what its attention took over as many products, linear between the lengths that were tried and beyond."""
+    rehearsal, products = profile.rehearsals.get(shape.key), attention_products(shape, n_tokens, n_cached)
+    if rehearsal is None or n_tokens > 1:
+        return profile.attend(shape.head_dim, products, n_tokens)
+    points = [(attention_products(shape, 1, n), seconds) for n, seconds in sorted(rehearsal.attend_s.items())]
+    return _linear(points, products)
+
+
+def _linear(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Between the points, of which there are two or more, and beyond them."""
+    above = min(max(1, bisect_right([x for x, _ in points], x)), len(points) - 1)
+    (x0, y0), (x1, y1) = points[above - 1], points[above]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
 
 
 def _overhead(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_batches: int) -> float:
-    """Layers * 24 small operations; and where blocks come one by one, 2 blocks a layer of Python's time."""
-    seconds = shape.n_layers * _OPS_PER_LAYER * profile.op_s
-    if sizes.weights == "streamed":
-        seconds += (shape.n_layers * _BLOCKS_PER_LAYER + 1) * profile.block_s
-    return seconds * n_batches
+    """What the pass of one token takes beyond its products, as it was rehearsed; else layers * 24 small operations and,
+    where blocks come one by one, 2 blocks a layer of Python's time. Small operations cost a batch hardly more."""
+    rehearsal, streams = profile.rehearsals.get(shape.key), sizes.weights == "streamed"
+    if rehearsal is None:
+        blocks_s = (shape.n_layers * _BLOCKS_PER_LAYER + 1) * _BLOCK_S * streams
+        return n_batches * (shape.n_layers * _OPS_PER_LAYER * _OP_S + blocks_s)
+    plain = replace(sizes, repacked={})
+    products_s = _multiply(shape, profile, plain, 1, 1) + _multiply_experts(shape, profile, plain, 1, 1)
+    return n_batches * ((rehearsal.blocks_s if streams else rehearsal.fused_s) - products_s)
 
 
 def _limit(shape: ModelShape, profile: DeviceProfile, read_s: float, compute_s: float, multiply_s: float,

@@ -6,7 +6,7 @@ size, layout and threads are given: they decide the last bits of an answer, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -25,7 +25,7 @@ from edgert.memory.model import (
     streamed_bytes,
     token_bytes,
 )
-from edgert.memory.profile import DeviceProfile
+from edgert.memory.profile import DeviceProfile, HitCurve
 from edgert.memory.shape import ModelShape, Overheads, Phase
 
 # Windows that are tried: so many eighths of what is comfortable, beyond the least that works.
@@ -48,7 +48,7 @@ class Demand:
     context_length: int
     batch_size: int = 512
     repacked: Mapping[Phase, frozenset[int]] = field(default_factory=dict)  # where everything is resident
-    curve: Sequence[tuple[float, float]] = HIT_CURVE
+    curve: HitCurve = HIT_CURVE
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,18 @@ measured is edgert/memory/profile_store.py.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Layout = Literal["plain", "repack"]
 Part = Literal["disk", "compute"]
+HitCurve = Sequence[tuple[float, float]]
 Limit = Literal["disk", "memory bandwidth", "compute"]
 # Seconds that 1 byte of a matrix takes for so many tokens, before anything was measured: a core of 2020 with AVX2.
 _NOMINAL_S_PER_BYTE = {1: 1.2e-10, 8: 4e-10, 256: 8e-9}
 # One answer's surprise is never believed whole, and never beyond a factor: a busy minute must not spoil the profile.
-_CORRECTION_SHARE, _MAX_CORRECTION = 0.3, 4.0
+_CORRECTION_SHARE, _MAX_CORRECTION, _MAX_NOMINAL_CORRECTION = 0.3, 4.0, 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,18 @@ class DiskSpeed:
 
 
 @dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What one model's pass of one token costs here, measured by its own graphs over other memory
+    (offload/rehearsal.py). Seconds."""
+
+    fused_s: float  # in one graph, an empty cache, plain layout
+    blocks_s: float  # block by block, every expert in memory
+    attend_s: Mapping[int, float]  # what so many cached tokens add, from 0 on
+    miss_s: Mapping[int, float] = field(default_factory=dict)
+    """What so many experts of a layer that have to be read add to it, by the disk of the file."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceProfile:
     """One device with one number of threads. What was not measured has nominal figures."""
 
@@ -36,13 +49,15 @@ class DeviceProfile:
     """`type/layout` (12/plain) -> tokens at once -> seconds for each byte of the matrix."""
     attend_s: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
     """Size of a head -> tokens at once -> seconds for each multiplication with a cached value."""
-    op_s: float = 4e-6  # one small operation in a graph, and the threads' meeting after it
-    block_s: float = 6e-5  # Python's part of one block: lease, binding, call
     memory_bytes_s: float = 1e10
     disk: DiskSpeed = DiskSpeed(1e9, 2e-4)
     n_threads: int = 1
     corrections: Mapping[str, float] = field(default_factory=dict)
     """Measured time over predicted time of reading and of computing, learnt from answers."""
+    rehearsals: Mapping[str, Rehearsal] = field(default_factory=dict)
+    """By the model's key. A model that is not among them is predicted by its parts."""
+    curves: Mapping[str, HitCurve] = field(default_factory=dict)
+    """By the model's key: share of the experts in memory, share of the uses that find theirs; learnt from answers."""
 
     def multiply(self, type_id: int, layout: Layout, n_bytes: float, n_tokens: float) -> float:
         """Seconds to multiply `n_bytes` of matrices by `n_tokens` at once: between two measured batch sizes, linear;
@@ -63,10 +78,19 @@ class DeviceProfile:
         """Factor for the predicted time of reading (`disk`) or of computing."""
         return self.corrections.get(part, 1.0)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the device was calibrated; else all but corrections is nominal."""
+        return bool(self.multiply_s)
+
     def learn(self, part: Part, measured_over_predicted: float) -> DeviceProfile:
-        """The profile after an answer, limited by `part`, that took so many times what was predicted."""
-        after = self.corrected(part) * max(measured_over_predicted, 1e-3) ** _CORRECTION_SHARE
-        bounded = min(_MAX_CORRECTION, max(1 / _MAX_CORRECTION, after))
+        """The profile after an answer, limited by `part`, that took so many times what was predicted. Of nominal
+        figures, the first answer corrects all."""
+        is_first = not self.is_measured and part not in self.corrections
+        share, most = (1.0, _MAX_NOMINAL_CORRECTION) if is_first else \
+            (_CORRECTION_SHARE, _MAX_CORRECTION if self.is_measured else _MAX_NOMINAL_CORRECTION)
+        after = self.corrected(part) * max(measured_over_predicted, 1e-3) ** share
+        bounded = min(most, max(1 / most, after))
         return replace(self, corrections={**self.corrections, part: bounded})
 
 

@@ -42,6 +42,8 @@ class ModelShape:
     least_slots: int = 0
     kept_bytes_per_token: int = 0  # experts' outputs, where a pool holds less than a layer
     kv: KVSizes | None = None  # where steps attend to a set of tokens
+    foresees: bool = False  # a layer's experts are known, and read, before its attention computes
+    key: str = ""  # what tells the model's shapes and types from others
 
     @property
     def n_slots(self) -> int:

@@ -15,6 +15,7 @@ from command_line import Outcome
 from apps.cli.main import main
 from edgert.engine import calibration
 from edgert.engine.resident import ResidentWeights
+from offload import rehearsal
 from offload.window import WindowWeights
 
 TinyModel = Callable[..., Path]
@@ -28,6 +29,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_SET_BYTES": 2**16, "_COPY_BYTES": 2**20, "_N_CACHED": 256, "_LEAST_RUNS": 1,
                         "_RUNS_S": 0.0, "_N_ROWS": 64}.items():
         monkeypatch.setattr(calibration, name, value)
+    for name, value in {"_LEAST_PASSES": 1, "_PASSES_S": 0.0, "_BEYOND_CACHES_BYTES": 2**20}.items():
+        monkeypatch.setattr(rehearsal, name, value)
     monkeypatch.setattr("edgert.planning._DISK_S", 0.01)
 
 
@@ -89,6 +92,7 @@ def test_the_second_plan_measures_nothing(edgert: Edgert, tiny_model: TinyModel,
     first = planned(edgert, path, "--memory", "2G")
     monkeypatch.setattr(calibration, "_time", lambda run: pytest.fail("measured again"))
     monkeypatch.setattr("offload.disk_speed.measure_disk", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: pytest.fail("rehearsed again"))
     second = planned(edgert, path, "--memory", "2G")
     assert second["predicted_tok_s"] == first["predicted_tok_s"]
 

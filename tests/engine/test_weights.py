@@ -173,15 +173,6 @@ def test_a_resident_source_keeps_its_addresses(kind: str, tiny_model: Callable[.
 
 
 @EVERY_SOURCE
-def test_hints_change_nothing_but_time(kind: str, tiny_model: Callable[..., Path]) -> None:
-    with opened(kind, tiny_model("llama")) as (source, model, arch):
-        for hinted in ([], [Block("ffn", 1), Block("attention", 0)], blocks(source, arch)):
-            source.hint(hinted)
-            for block in blocks(source, arch):
-                check_block(source, model, arch, block, "decode")
-
-
-@EVERY_SOURCE
 def test_the_account_is_true(kind: str, tiny_model: Callable[..., Path]) -> None:
     has_experts = kind == "experts"
     path = tiny_model("qwen3moe" if has_experts else "llama", quantisation="Q4_0")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from edgert.memory.planner import Demand
-from edgert.memory.profile import DeviceProfile, DiskSpeed
+from edgert.memory.profile import DeviceProfile, DiskSpeed, Rehearsal
 from edgert.memory.shape import ModelShape, Overheads
 
 MIB, GIB = 2**20, 2**30
+KEY = "llama-1"
 OVERHEADS = Overheads(100 * MIB, 5 * MIB, {256: 40 * MIB, 128: 20 * MIB}, 60 * MIB, 2 * MIB)
 
 
@@ -19,7 +20,7 @@ def shape(**changes: object) -> ModelShape:
         "largest_piece_bytes": 14 * MIB, "matrix_bytes": {2: 900 * MIB}, "head_bytes": {14: 60 * MIB},
         "expert_bytes": {}, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "head_dim": 64,
         "kv_bytes_per_token": 32 * 2**10, "hidden_bytes_per_token": 8192, "context_length": 8192,
-        "repackable_bytes": {2: 900 * MIB}}
+        "repackable_bytes": {2: 900 * MIB}, "key": KEY}
     return ModelShape(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -36,7 +37,7 @@ def profile(disk_bytes_s: float = 1e9, speed: float = 1.0) -> DeviceProfile:
     table = {1: 1e-10 / speed, 8: 3e-10 / speed, 128: 4e-9 / speed}
     products = {"2/plain": table, "14/plain": table, "2/repack": {n: s / 2 for n, s in table.items()}}
     attention = {64: {1: 1.5e-10 / speed, 128: 5e-11 / speed}}
-    return DeviceProfile(products, attention, 2e-6, 3e-5, 2e10, DiskSpeed(disk_bytes_s, 1e-4))
+    return DeviceProfile(products, attention, 2e10, DiskSpeed(disk_bytes_s, 1e-4))
 
 
 @st.composite
@@ -73,8 +74,17 @@ def overheads(draw: st.DrawFn) -> Overheads:
 
 @st.composite
 def profiles(draw: st.DrawFn) -> DeviceProfile:
-    """Any device, from an SD card to a server, with what answers have taught it."""
+    """Any device, from an SD card to a server, with what answers have taught it, whether it has rehearsed the model or
+    not."""
     learnt = {part: draw(st.floats(0.25, 4)) for part in ("disk", "compute")}
     base = profile(draw(st.floats(1e6, 2e10)), draw(st.floats(0.01, 100)))
-    return DeviceProfile(base.multiply_s, base.attend_s, draw(st.floats(1e-7, 1e-3)), draw(st.floats(1e-6, 1e-2)),
-                         draw(st.floats(1e9, 1e12)), base.disk, 2, learnt)
+    return DeviceProfile(base.multiply_s, base.attend_s, draw(st.floats(1e9, 1e12)), base.disk, 2, learnt,
+                         {KEY: draw(rehearsals())} if draw(st.booleans()) else {})
+
+
+@st.composite
+def rehearsals(draw: st.DrawFn) -> Rehearsal:
+    """Passes of a model on any device: a graph of the whole is no slower than one for each block."""
+    fused_s, python_s, one_s, all_s, some_s, more_s = (draw(st.floats(1e-6, 1)) for _ in range(6))
+    misses = draw(st.sampled_from([{}, {1: one_s, 4: one_s + all_s}]))
+    return Rehearsal(fused_s, fused_s + python_s, {0: 0.0, 255: some_s, 1023: some_s + more_s}, misses)

@@ -18,6 +18,12 @@ PLAN = make_plan(Demand(shape(), OVERHEADS, 8192), profile(), BUDGET)
 class Weights:
     pinned_bytes: int = PLAN.stages[0].pinned_bytes
     moves: list[int] = field(default_factory=list)
+    spare_expert_bytes: int = 0
+    experts_given: int = 0
+
+    def give_back_experts(self, n_bytes: int) -> None:
+        assert n_bytes <= self.spare_expert_bytes
+        self.experts_given = n_bytes
 
     def pin(self, n_bytes: int) -> None:
         if n_bytes != self.pinned_bytes:
@@ -45,7 +51,8 @@ class Device:
     now: float = 0.0
 
     def process_bytes(self) -> int:
-        return PLAN.peak_bytes - PLAN.stages[0].pinned_bytes + self.weights.pinned_bytes
+        experts_bytes = self.weights.spare_expert_bytes - self.weights.experts_given
+        return PLAN.peak_bytes - PLAN.stages[0].pinned_bytes + self.weights.pinned_bytes + experts_bytes
 
     def available_bytes(self) -> int:
         return max(0, self.total_bytes - self.process_bytes() - self.neighbour_bytes)
@@ -159,3 +166,20 @@ def test_no_more_is_given_than_there_is() -> None:
     run(governor, device, 30)
     assert weights.pinned_bytes == 0
     assert governor.given_bytes == PLAN.stages[0].pinned_bytes
+
+
+def test_experts_go_before_what_every_token_needs_and_come_back_after_it() -> None:
+    weights = Weights(spare_expert_bytes=100 * MIB)
+    device = Device(weights, 1100 * MIB)
+    governor = Governor(PLAN, weights, Cells(), device, device.clock)
+    device.neighbour_bytes = 230 * MIB
+    run(governor, device, 1)
+    assert 0 < weights.experts_given < 100 * MIB
+    assert weights.moves == []
+    device.neighbour_bytes = 400 * MIB
+    run(governor, device, 1)
+    assert weights.experts_given == 100 * MIB
+    assert weights.pinned_bytes == PLAN.stages[0].pinned_bytes - (governor.given_bytes - 100 * MIB)
+    device.neighbour_bytes = 0
+    run(governor, device, 10)
+    assert (weights.experts_given, weights.pinned_bytes) == (0, PLAN.stages[0].pinned_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from shapes import MIB, OVERHEADS, moe_shape, profile, shape
+from shapes import KEY, MIB, OVERHEADS, moe_shape, profile, shape
 
 from edgert.memory.model import (
     HIT_CURVE,
@@ -18,6 +18,7 @@ from edgert.memory.model import (
     predict,
     streamed_bytes,
 )
+from edgert.memory.profile import DeviceProfile, Rehearsal
 
 STREAMED = Sizes("streamed", 401 * MIB, 94 * MIB)
 
@@ -63,7 +64,37 @@ def test_experts_that_are_here_compute_while_the_others_are_read() -> None:
     expert_s, read_s = 4 / 32 * 736 * MIB * 1e-10, 0.2 * 4 / 32 * 736 * MIB / 1e9
     found, resident = (predict(moe_shape(), profile(), one, 1) for one in (sizes, Sizes("resident")))
     assert found.multiply_s == pytest.approx(220 * MIB * 1e-10 + expert_s)
-    assert found.total_s == pytest.approx(resident.total_s + 33 * 3e-5 + max(read_s, 0.8 * expert_s) - 0.8 * expert_s)
+    waits_s = 16 * (1 - 0.8**4) * 1e-4
+    assert found.total_s == pytest.approx(resident.total_s + 33 * 6e-5 + max(read_s + waits_s - 0.8 * expert_s, 0))
+
+
+def test_experts_that_are_known_before_attention_are_read_while_it_computes() -> None:
+    sizes = Sizes("streamed", 225 * MIB, 0, pool_slots=512 // 4)
+    late, early = (predict(moe_shape(foresees=known), profile(1e8), sizes, 1) for known in (False, True))
+    before_s = 220 * MIB * 1e-10 + late.attend_s + late.overhead_s
+    assert early.total_s == pytest.approx(late.total_s - before_s)
+
+
+def test_what_was_rehearsed_takes_the_place_of_parts() -> None:
+    rehearsal = Rehearsal(0.12, 0.15, {0: 0.0, 255: 0.02, 1023: 0.05})
+    device = replace(profile(), rehearsals={KEY: rehearsal})
+    for sizes, pass_s in ((STREAMED, 0.15), (Sizes("resident"), 0.12)):
+        for n_cached, attend_s in ((0, 0), (255, 0.02), (639, 0.035), (1023, 0.05), (1791, 0.08)):
+            found = predict(shape(), device, sizes, 1, n_cached)
+            assert found.attend_s == pytest.approx(attend_s)
+            assert found.multiply_s + found.overhead_s == pytest.approx(pass_s)
+    repacked = predict(shape(), device, Sizes("resident", repacked={"decode": frozenset({2})}), 1)
+    assert repacked.total_s == pytest.approx(0.12 - 900 * MIB * 1e-10 / 2)  # faster by what its products gain
+
+
+def test_a_layer_that_misses_experts_costs_what_was_rehearsed() -> None:
+    device = replace(profile(), rehearsals={KEY: Rehearsal(0.12, 0.15, {0: 0.0, 255: 0.0}, {1: 0.002, 4: 0.005})})
+    found, half, missed = (predict(moe_shape(), device, Sizes("streamed", 225 * MIB, 0, pool_slots=n), 1,
+                                   curve=[(0, 0), (1, 1)]) for n in (512, 256, 0))
+    assert found.total_s == pytest.approx(0.15)
+    assert missed.total_s == pytest.approx(0.15 + 16 * 0.005)
+    share = 1 - 0.5**4  # of the layers; each misses 4 * 0.5 / share
+    assert half.total_s == pytest.approx(0.15 + 16 * share * (0.002 + (2 / share - 1) * 0.001))
 
 
 def test_less_than_a_layer_of_experts_keeps_their_outputs() -> None:
@@ -84,10 +115,10 @@ def test_products_attention_and_overhead() -> None:
     found = predict(shape(), profile(), STREAMED, 1, 1000)
     assert found.multiply_s == pytest.approx(960 * MIB * 1e-10)
     assert found.attend_s == pytest.approx(2 * 16 * 32 * 64 * 1001 * 1.5e-10)
-    assert found.overhead_s == pytest.approx(16 * 24 * 2e-6 + 33 * 3e-5)
+    assert found.overhead_s == pytest.approx(16 * 24 * 4e-6 + 33 * 6e-5)
     resident = predict(shape(), profile(), Sizes("resident", repacked={"decode": frozenset({2})}), 1, 1000)
     assert resident.multiply_s == pytest.approx((900 / 2 + 60) * MIB * 1e-10)
-    assert resident.overhead_s == pytest.approx(16 * 24 * 2e-6)
+    assert resident.overhead_s == pytest.approx(16 * 24 * 4e-6)
 
 
 def test_layers_with_a_window_see_no_more_than_it() -> None:
@@ -121,3 +152,10 @@ def test_what_was_learnt_changes_what_is_predicted() -> None:
     assert after.read_s == pytest.approx(2 * before.read_s, rel=0.01)
     assert after.multiply_s == before.multiply_s
     assert device.learn("disk", 1e9).corrected("disk") == 4
+
+
+def test_the_first_answer_corrects_nominal_figures_whole_and_later_ones_a_share() -> None:
+    nominal = DeviceProfile().learn("compute", 10.0)
+    assert nominal.corrected("compute") == 10
+    assert nominal.learn("compute", 2.0).corrected("compute") == pytest.approx(10 * 2**0.3)
+    assert profile().learn("compute", 2.0).corrected("compute") == pytest.approx(2**0.3)

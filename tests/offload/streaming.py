@@ -24,6 +24,7 @@ from offload import residency
 from offload.arena import Arena
 from offload.embedding import EmbeddingRows
 from offload.experts import ExpertPool, PoolShape, split_experts
+from offload.loading import spare_window_bytes
 from offload.residency import Piece, Residency, always_pinned, block_bytes, choose, cut
 from offload.window import WindowWeights
 
@@ -60,10 +61,11 @@ def open_streaming(path: Path, share: float = 0.0, *, context_length: int = 1024
     pieces, experts = (cut(file, arch), []) if n_slots is None else split_experts(cut(file, arch))
     pool = (PoolShape.of(experts), n_slots) if n_slots is not None else None
     chosen = residency_of(pieces, share)
+    spare_bytes = 0 if chosen.streamed else spare_window_bytes(pieces)
     arena = Arena(chosen.pinned_bytes + chosen.window_bytes + EmbeddingRows.arena_bytes(file, batch_size)
-                  + (pool[1] * pool[0].slot_bytes if pool else 0))
+                  + (pool[1] * pool[0].slot_bytes if pool else 0), spare_bytes)
     weights = WindowWeights(backend, file, arch, chosen, arena, n_threads=n_readers, batch_size=batch_size, trace=trace,
-                            pool=pool)
+                            pool=pool, spare_window_bytes=spare_bytes)
     engine = Engine(arch, weights, kv, backend, batch_size=batch_size, trace=trace)
     try:
         yield engine

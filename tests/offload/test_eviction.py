@@ -65,6 +65,19 @@ def test_what_is_forgotten_leaves_a_free_slot() -> None:
     assert (0, 0) not in slots and slots.hold((0, 0)) is None
 
 
+def test_fewer_slots_keep_what_lies_in_them_and_more_are_free() -> None:
+    slots = ExpertSlots(4, N_LAYERS)
+    for expert in range(4):
+        use(slots, 0, 0, expert)
+    gone = slots.resize(2)
+    assert sorted(slot for _, slot in gone) == [2, 3]
+    assert len(slots) == 2 and not any(key in slots for key, _ in gone)
+    assert use(slots, 1, 1, 0) is not None  # both are taken
+    assert slots.resize(3) == []
+    assert use(slots, 2, 1, 1) is None
+    assert use(slots, 3, 1, 2) is not None
+
+
 @settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(1, 5), st.lists(st.tuples(
     st.integers(0, 4), st.integers(0, 7), st.sampled_from(["use", "hold", "forget"]), st.integers(0, 9)), max_size=120))

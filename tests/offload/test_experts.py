@@ -6,6 +6,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import cycle
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,24 @@ def test_graphs_over_a_part_of_the_pairs_change_nothing(tiny_model: TinyModel, m
     monkeypatch.setattr("edgert.engine.expert_graphs._MAX_ROW_LIST_BYTES", 0)
     path = tiny_model("olmoe", quantisation="MIXED")
     with open_streaming(path, n_slots=2 * N_EXPERTS) as engine:
+        for expected, logits in zip(resident_logits(path), logits_of(engine, STEPS), strict=True):
+            np.testing.assert_array_equal(expected, logits)
+
+
+@pytest.mark.parametrize("family", ["qwen3moe", "smallthinker"])
+def test_a_pool_that_gives_memory_back_and_takes_it_again_changes_nothing(tiny_model: TinyModel, family: str) -> None:
+    path = tiny_model(family, quantisation="MIXED", n_experts=N_EXPERTS)
+    with open_streaming(path, 1.0, n_slots=2 * N_EXPERTS) as engine:
+        pool, shares = pool_of(engine), cycle((0.0, 1.0, 0.4, 9.0, 0.0))
+        assert pool.spare_bytes == N_EXPERTS * pool.shape.slot_bytes
+
+        def move(n_tokens: int) -> None:
+            share = next(shares)
+            pool.give_back(int(share * pool.spare_bytes))
+            n_slots = 2 * N_EXPERTS - ceil(min(share, 1.0) * N_EXPERTS)
+            assert pool.plan()["expert_slots"] == n_slots
+
+        engine.between_steps = move
         for expected, logits in zip(resident_logits(path), logits_of(engine, STEPS), strict=True):
             np.testing.assert_array_equal(expected, logits)
 

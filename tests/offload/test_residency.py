@@ -208,7 +208,7 @@ def test_a_large_ffn_is_cut_by_rows_where_its_hidden_values_take_less(tiny_model
                      (3, "ffn_down.weight", 0, 256), (4, "ffn_down.weight", 256, 256)]
     assert sum(p.n_bytes for p in pieces) == sum(t.n_bytes for name, t in model.tensors.items()
                                                  if name != "token_embd.weight")
-    assert n_parts([p.block for p in cut(model, arch, cuts_ffn=False)]) == (1, 1)
+    assert n_parts([p.block for p in cut(model, arch, is_whole=True)]) == (1, 1)
     ffn_bytes, per_token = 3 * 512 * 1100 * 2 + 512 * 4, 4 * (1100 + 512)
     assert n_parts([p.block for p in cut(model, arch, ffn_bytes // per_token)]) == (1, 5)
     assert n_parts([p.block for p in cut(model, arch, ffn_bytes // per_token + 1)]) == (1, 1)

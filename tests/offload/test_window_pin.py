@@ -57,6 +57,45 @@ def test_an_answer_is_the_same_when_memory_is_taken_away_and_given_back(tiny_mod
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_what_was_all_pinned_gives_memory_back_too(tiny_model: TinyModel, architecture: str) -> None:
+    path = tiny_model(architecture, quantisation="MIXED", n_layers=4)
+    with open_engine(path) as resident:
+        expected = logits_of(resident, STEPS)
+    with open_streaming(path, 1.0) as engine:
+        weights = window_of(engine)
+        most, shares = weights.residency.pinned_bytes, shares_pinned(weights)
+        assert weights.pinned_bytes == most and not weights.bytes_per_pass
+
+        def move(n_tokens: int) -> None:
+            n_bytes = next(shares)
+            weights.pin(n_bytes)
+            window_bytes = weights.window_bytes if weights.bytes_per_pass else 0
+            assert (weights.bytes_per_pass == 0) == (n_bytes >= most)
+            assert weights.pinned_bytes + window_bytes <= max(n_bytes, small_bytes(weights) + window_bytes)
+
+        engine.between_steps = move
+        for a, b in zip(expected, logits_of(engine, STEPS), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def small_bytes(weights: WindowWeights) -> int:
+    """What never streams: vectors, since `small_pieces` lets everything else stream."""
+    return sum(piece.slot_bytes for piece in weights.residency.pieces if piece.spec.use == "vector")
+
+
+def test_the_window_of_what_was_all_pinned_is_given_back_with_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_streaming(path, 1.0) as engine:
+        weights, given = window_of(engine), list[tuple[int, int]]()
+        monkeypatch.setattr(weights._arena, "give_back", lambda *span: given.append(span))
+        weights.pin(0)
+        engine.step(np.array([1], np.int32))
+        window = weights.window_address, weights.window_bytes
+        assert window not in given
+        weights.pin(weights.residency.pinned_bytes)
+        assert given[-1] == window
+
+
 def test_what_is_given_back_streams_and_what_is_taken_again_does_not(engine: Engine) -> None:
     weights = window_of(engine)
     most, total = weights.pinned_bytes, weights.pinned_bytes + weights.bytes_per_pass

@@ -8,6 +8,8 @@ import json
 import math
 import struct
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from apps.server import tools
 from apps.server.answering import without_oldest
 from apps.server.asked import Asked, ToolChoice
-from apps.server.forecast import Shape, Speeds, forecast, learned
+from apps.server.forecast import Shape, Speeds, forecast, learned, planned
 from apps.server.frames import MAX_FRAME_BYTES, encode, read_frame
 from apps.server.host import may_overflow
 from apps.server.pieces import Pieces
@@ -24,6 +26,12 @@ from apps.server.settings import is_loopback
 from apps.server.streams import PING, with_pings
 from apps.server.turns import Turns
 from edgert.errors import ComputeError, UsageError
+from edgert.memory.demand_store import DemandStore
+from edgert.memory.planner import Demand, make_plan, tok_s
+from edgert.memory.profile import DeviceProfile, DiskSpeed
+from edgert.memory.profile_store import ProfileStore
+from edgert.memory.shape import ModelShape, Overheads
+from edgert.paths import Paths
 from edgert.text.logprobs import check_n_top, token_logprobs
 
 
@@ -158,6 +166,32 @@ def test_speeds_are_learned_from_answers() -> None:
     assert forecast(MODEL, 2000 * MIB, 4096, speeds).tokens_per_s == pytest.approx(25)
     speeds = learned(speeds, MODEL, 4.0, 300 * MIB)
     assert speeds.disk_bytes_s == 1200 * MIB and speeds.memory_bytes_s == 25_000 * MIB and speeds.measured
+
+
+def test_a_model_that_was_planned_here_is_forecast_by_its_plan(tmp_path: Path) -> None:
+    paths, model = Paths(tmp_path, tmp_path, tmp_path / "cache"), tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    assert planned(paths, model, 2**30, 4096) is None
+    shape = ModelShape(
+        file_bytes=1000 * MIB, small_bytes=MIB, large_bytes=900 * MIB, largest_block_bytes=30 * MIB,
+        largest_piece_bytes=10 * MIB, matrix_bytes={2: 800 * MIB}, head_bytes={2: 100 * MIB}, expert_bytes={},
+        n_layers=16, n_heads=16, n_kv_heads=4, head_dim=64, kv_bytes_per_token=16384, context_length=8192)
+    demand = Demand(shape, Overheads(80 * MIB, 5 * MIB, {256: 30 * MIB}, 50 * MIB, MIB), 1024)
+    DemandStore(paths.cache / "demands.json").save(model, demand, "cpu", "8:1")
+    assert planned(paths, model, 2**30, 4096) is None  # the device is not known
+    profile = DeviceProfile({"2/plain": {1: 1e-10, 128: 1e-9}}, {}, 2e10, DiskSpeed(2e9, 1e-4))
+    ProfileStore(paths.cache / "device.json").save("cpu", "8:1", profile)
+    for budget, verdict in ((1500, "fits"), (600, "streams"), (100, "too slow")):
+        told = planned(paths, model, budget * MIB, 4096)
+        assert told is not None and told.verdict == verdict and told.measured and told.kv_bytes == 64 * MIB
+        if verdict != "too slow":
+            plan = make_plan(replace(demand, context_length=4096), profile, budget * MIB)
+            assert told.tokens_per_s == tok_s(replace(demand, context_length=4096), profile, plan)
+            assert told.pinned_bytes + told.kv_bytes + told.other_bytes == plan.peak_bytes <= budget * MIB
+            assert told.streamed_bytes == plan.streamed_bytes
+        assert told.needed_bytes == (1000 + 64 + 80 + 5 + 50) * MIB
+    model.write_bytes(b"GGUF, another")
+    assert planned(paths, model, 2**30, 4096) is None
 
 
 @pytest.mark.parametrize(("host", "is_it"), [

@@ -1,0 +1,269 @@
+"""How long a model's pass of one token takes here, before its weights are in memory: its own graphs over other memory.
+
+The engine's loop runs over blocks of the model's shapes and types that lie, round and round, in memory which no cache
+holds whole. So products, small operations, threads that meet after each, Python between graphs, and the bookkeeping
+of experts cost what they will cost. Experts that are missed are read from the file while others compute, for what such
+a read takes is no matter of bandwidth: 2.6 MiB that the disk has in 0.7 ms, a layer waits 2.5 ms for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from edgert.architectures.base import Architecture
+from edgert.engine.batch import Batch
+from edgert.engine.blockwise import BlockwiseGraphs
+from edgert.engine.calibration import bytes_like_weights
+from edgert.engine.collective import Solo
+from edgert.engine.engine import forward
+from edgert.engine.fused import FusedGraphs
+from edgert.engine.kv_cache import DenseKVCache, KVType
+from edgert.engine.weights import Experts
+from edgert.ggml.abi import TYPE_F32
+from edgert.ggml.backend import Backend
+from edgert.ggml.graph import Tensor
+from edgert.gguf.model_file import ModelFile
+from edgert.memory.profile import Rehearsal
+from edgert.memory.shape import ModelShape
+from offload.arena import Arena
+from offload.direct_file import ALIGN_BYTES, DirectFile
+from offload.experts import ExpertPool, PoolShape, split_experts
+from offload.loading import Headers
+from offload.residency import Piece, cut
+
+# Beyond what is multiplied at once: more than a cache holds between a byte's use and its next.
+_BEYOND_CACHES_BYTES = 64 * 2**20
+# Tokens in the cache: attention costs more for each of the first than of later ones, which its threads share; and more
+# again once a layer's keys and values, which each head reads, exceed a core's cache (of 1 MiB, with 4096 tokens).
+_N_CACHED, _N_CELLS = (0, 255, 1023, 4095), 4096
+# The median of some passes. The first builds graphs, and does not count.
+_LEAST_PASSES, _PASSES_S = 3, 0.25
+LONG_S = 1.0
+# Reads at a time, and how far apart: what a disk reads ahead is nobody's expert.
+_N_READS, _STRIDE = 8, 37
+
+
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """What a rehearsal is of."""
+
+    backend: Backend
+    model: ModelFile
+    arch: Architecture
+    pieces: Sequence[Piece]
+    shape: ModelShape
+    kv_type: KVType
+    weights: Stage
+    cells: Stage
+
+
+def rehearse(backend: Backend, model: ModelFile, arch: Architecture, pieces: Sequence[Piece], shape: ModelShape,
+             kv_type: KVType, most_bytes: int) -> Rehearsal | None:
+    """The model's pass of one token, timed. None where it would hold more than `most_bytes`, which is the largest
+    tensor and 128 MiB, or take long: a pass of a second has little beside its products."""
+    vectors, others = ([t.n_bytes for t in model.tensors.values() if (len(t.shape) == 1) == is_vector]
+                       for is_vector in (True, False))
+    largest_cells = _N_CELLS * shape.kv_bytes_per_token // (2 * shape.n_layers)
+    if max(others) + largest_cells + 2 * _BEYOND_CACHES_BYTES > most_bytes:
+        return None
+    sizes = max(others), max(vectors, default=ALIGN_BYTES)
+    # Cells on a stage of their own: what a pass writes there must not become the next one's weights.
+    with closing(Stage(backend, largest_cells, huge_pages=False)) as cells:
+        try:
+            with closing(Stage(backend, *sizes)) as weights:
+                cast = _Cast(backend, model, arch, pieces, shape, kv_type, weights, cells)
+                passes = {n: _blocks_s(cast, n) for n in _N_CACHED}
+                misses = _misses(cast, passes[0]) if shape.n_experts else {}
+            with closing(Stage(backend, *sizes, huge_pages=False)) as weights:  # as a file is mapped: 10 % slower
+                fused_s = _fused_s(replace(cast, weights=weights))
+        except _TakesLong:
+            return None
+    return Rehearsal(fused_s, passes[0], {n: max(0.0, seconds - passes[0]) for n, seconds in passes.items()}, misses)
+
+
+class _TakesLong(Exception):
+    """The rehearsal would cost more than it tells."""
+
+
+def _misses(cast: _Cast, found_s: float) -> dict[int, float]:
+    """What one miss, and a miss of all, add to a layer; nothing where the disk is too slow to be tried."""
+    n_used = cast.shape.n_experts_used
+    try:
+        return {n: max(0.0, _blocks_s(cast, 0, n) - found_s) / cast.shape.n_layers for n in {1, n_used}}
+    except _TakesLong:
+        return {}
+
+
+def _blocks_s(cast: _Cast, n_cached: int, n_missed: int = 0) -> float:
+    """A pass over block graphs, in each layer of which so many experts are missed: none, one, or all."""
+    with ExitStack() as opened:
+        kv = _cache(cast, opened)
+        graphs = BlockwiseGraphs(cast.backend, cast.arch, kv)
+        opened.callback(graphs.close)
+        pool = _pool(cast, n_missed, opened)
+        blocks = _Blocks(cast.backend, cast.pieces, cast.model, cast.weights, pool, n_missed)
+        opened.callback(blocks.close)
+        batch = _token_after(n_cached)
+        return _median(lambda: graphs.run([batch], lambda states: forward(states, cast.arch, blocks, kv, Solo())))
+
+
+def _fused_s(cast: _Cast) -> float:
+    """A pass over one graph of the whole model, an empty cache."""
+    with ExitStack() as opened:
+        kv = _cache(cast, opened)
+        graphs = FusedGraphs(cast.backend, cast.arch, kv)
+        opened.callback(graphs.close)
+        blocks = _Blocks(cast.backend, cut(cast.model, cast.arch, is_whole=True), cast.model, cast.weights)
+        opened.callback(blocks.close)
+        batch = _token_after(0)
+        return _median(lambda: graphs.run(batch, lambda states: forward(states, cast.arch, blocks, kv, Solo())))
+
+
+def _token_after(n_cached: int) -> Batch:
+    return Batch(np.zeros(1, np.int32), n_cached)
+
+
+def _median(run: Callable[[], object]) -> float:
+    """Seconds of a run, after one that builds graphs. Raises _TakesLong."""
+    run()
+    start, times = time.perf_counter(), list[float]()
+    while len(times) < _LEAST_PASSES or time.perf_counter() - start < _PASSES_S:
+        before = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - before)
+        if len(times) > 1 and min(times) > LONG_S:
+            raise _TakesLong
+    return median(times)
+
+
+def _cache(cast: _Cast, opened: ExitStack) -> DenseKVCache:
+    """K and V on the stage, as full of values as if tokens had left them."""
+    kv = DenseKVCache(cast.backend, cast.arch.hp, _N_CELLS, cast.kv_type)
+    opened.callback(kv.close)
+    for tensor in (tensor for pair in zip(kv.k, kv.v, strict=True) for tensor in pair):
+        cast.cells.place(tensor)
+    return kv
+
+
+def _pool(cast: _Cast, n_missed: int, opened: ExitStack) -> ExpertPool | None:
+    """A pool for the model's experts, each matrix a page: the bookkeeping is that of real ones. With room for all that
+    are used, or for those of a layer where all are missed."""
+    hp, (_, experts) = cast.arch.hp, split_experts(cast.pieces)
+    if not experts:
+        return None
+    small = [replace(piece, type_id=TYPE_F32, shape=(ALIGN_BYTES // 4, 1, hp.n_experts), part=0, offset=0,
+                     n_bytes=ALIGN_BYTES * hp.n_experts) for piece in experts]
+    n_slots = hp.n_experts_used * (1 if n_missed == hp.n_experts_used else hp.n_layers)
+    shape = PoolShape.of(small)
+    arena = Arena(n_slots * shape.slot_bytes)
+    opened.callback(arena.close)
+    buffer = cast.backend.wrap(arena.base, arena.size_bytes)
+    opened.callback(buffer.close)
+    file = _Matrices(cast.model.parts[experts[0].part], max(piece.n_bytes // piece.shape[2] for piece in experts))
+    opened.callback(file.close)
+    pool = ExpertPool(shape, hp, n_slots, arena, buffer, [file], lambda: False)
+    opened.callback(pool.close, arena)
+    return pool
+
+
+class Stage:
+    """Memory that stands for more: each tensor lies where the one before ended, and round again. Vectors are ones, so
+    that values neither grow nor vanish from layer to layer."""
+
+    def __init__(self, backend: Backend, largest_bytes: int, largest_vector_bytes: int = 0, *,
+                 huge_pages: bool = True) -> None:
+        room_bytes = _aligned(largest_bytes) + _BEYOND_CACHES_BYTES
+        self._arena = Arena(room_bytes + largest_vector_bytes, huge_pages=huge_pages)
+        self.buffer = backend.wrap(self._arena.base, self._arena.size_bytes)
+        self._next, self._ones = 0, self._arena.base + room_bytes
+        pattern, memory = bytes_like_weights(), self._arena.array()
+        for start in range(0, len(memory), len(pattern)):
+            memory[start:start + len(pattern)] = pattern[:len(memory) - start]
+        memory[self._ones - self._arena.base:].view(np.float32)[:] = 1
+
+    def place(self, tensor: Tensor) -> None:
+        """A matrix, or a cache's keys or values."""
+        self.buffer.place(tensor, self._arena.base + self._next)
+        self._next = (self._next + _aligned(tensor.n_bytes)) % _BEYOND_CACHES_BYTES
+
+    def place_vector(self, tensor: Tensor) -> None:
+        self.buffer.place(tensor, self._ones)
+
+    def close(self) -> None:
+        self.buffer.close()
+        self._arena.close()
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+class _Blocks(Headers):
+    """A WeightSource whose bytes are the stage's. With a pool, experts come one by one."""
+
+    def __init__(self, backend: Backend, pieces: Sequence[Piece], model: ModelFile, stage: Stage,
+                 pool: ExpertPool | None = None, n_missed: int = 0) -> None:
+        self._stage = stage
+        experts = split_experts(pieces)[1]
+        largest_bytes = max((piece.n_bytes // piece.shape[2] for piece in experts), default=1)
+        n_slots = max(1, min(_BEYOND_CACHES_BYTES // (3 * largest_bytes), len(experts) and experts[0].shape[2]))
+        super().__init__(backend, pieces, model, 1, n_slots, are_whole=pool is None)
+        if pool is not None and self.experts is not None:
+            self.experts = _Experts(self.experts, pool, n_slots, n_missed)
+
+    def _tensor(self, type_id: int, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._context.tensor(type_id, shape)
+        (self._stage.place if len(shape) > 1 else self._stage.place_vector)(tensor)
+        return tensor
+
+
+class _Experts:
+    """A real pool decides what is here and what is read; products go round the slots on the stage. An expert keeps the
+    slot that it had first, so that every pass computes, and chooses, the same."""
+
+    holds_a_layer = True
+
+    def __init__(self, on_stage: Experts, pool: ExpertPool, n_slots: int, n_missed: int) -> None:
+        self._pool, self._n_slots, self._n_missed = pool, n_slots, n_missed
+        self._slots: dict[tuple[int, int], int] = {}
+        self._used: tuple[int, int] | None = None
+        self.weights, self.request, self.hit_curve = on_stage.weights, pool.request, pool.hit_curve
+
+    def waves(self, layer: int, last_use: Mapping[int, int]) -> Iterator[Mapping[int, int]]:
+        self._used = layer, next(iter(last_use))
+        for here in self._pool.waves(layer, last_use):
+            yield {expert: self._slots.setdefault((layer, expert), len(self._slots) % self._n_slots) for expert in here}
+
+    def release(self) -> None:
+        """With the next pass in mind, whose layer is to miss one."""
+        self._pool.release()
+        if self._used is not None and self._n_missed == 1:
+            self._pool.forget(*self._used)
+        self._used = None
+
+
+class _Matrices(DirectFile):
+    """Whatever is read, is a matrix of the file, the next one each time, into memory of its own."""
+
+    def __init__(self, path: Path, matrix_bytes: int) -> None:
+        super().__init__(path)
+        self._matrix_bytes = _aligned(min(matrix_bytes, self.size_bytes))
+        self._arena, self._numbers = Arena(_N_READS * self._matrix_bytes), count()
+
+    def read_into(self, address: int, offset: int, n_bytes: int) -> None:
+        number, most = next(self._numbers), max(1, self.size_bytes // self._matrix_bytes)
+        super().read_into(self._arena.base + number % _N_READS * self._matrix_bytes,
+                          number * _STRIDE % most * self._matrix_bytes, self._matrix_bytes)
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "_arena"):
+            self._arena.close()
