@@ -65,8 +65,10 @@ class Runtime:
         self._budget_bytes, self.forecast = budget_bytes, forecast
         self._template: ChatTemplate | None = None
         self.session = session
-        # What the KV cache holds.
-        self._kv_token_ids: list[int] = [] if session is None else session.restore(engine.kv, engine.backend)
+        self._kv_token_ids: list[int] = []  # what the KV cache holds
+        if session is not None:
+            with trace.span("session", "load"):
+                self._kv_token_ids = session.restore(engine.kv, engine.backend)
         self._running: Generation | None = None
         self._closed = False
         self._constraints: Constraints | None = None
@@ -125,10 +127,9 @@ class Runtime:
                 tokenizer = vocabulary.result()
                 _check_vocabulary(file, tokenizer, engine.arch)
                 speculates = speculate == "on" or engine.passes_are_costly
-                with tracer.span("session", "load"):
-                    return cls(file, engine, tokenizer, options.memory_bytes, tracer,
-                               speculates=speculates and options.may_speculate(engine.arch), forecast=forecast,
-                               session=None if session is None else _open_session(paths, session, file, engine.arch))
+                return cls(file, engine, tokenizer, options.memory_bytes, tracer, forecast=forecast,
+                           speculates=speculates and options.may_speculate(engine.arch),
+                           session=None if session is None else _open_session(paths, session, file, engine.arch))
             except BaseException:
                 engine.close()
                 raise
