@@ -92,7 +92,8 @@ class Lesson:
         scores = network(self.features[before], positions[before], self.features, positions)
         tokens = torch.arange(self.n_tokens)
         closed = (tokens < N_SINKS) | (tokens >= self.steps[:, None] - N_RECENT)
-        return scores.masked_fill(closed, -torch.inf).log_softmax(-1)
+        shares: torch.Tensor = scores.masked_fill(closed, -torch.inf).log_softmax(-1)
+        return shares
 
     def loss(self, network: Network, positions: torch.Tensor) -> torch.Tensor:
         """Cross entropy of attention, its mean mixed with its peaks; queries count by how much they look far back, by
