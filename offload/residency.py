@@ -1,7 +1,9 @@
 """What stays in memory and what streams: a pure function of the model's tensors and the bytes there are.
 
 Every byte that is pinned is a byte less to read for every token, so all memory that the window does not need is
-pinned. Pinned tensors are spread evenly between streamed ones: their computation hides the next read.
+pinned. The output head first: a prompt computes its layers for every token and the head for the last one, so there is
+nothing that reading the head could hide behind. Then layers, spread evenly between streamed ones: their computation
+hides the next read.
 """
 
 from __future__ import annotations
@@ -185,9 +187,10 @@ def always_pinned(piece: Piece) -> bool:
 
 
 def _spread(pieces: Sequence[Piece], room_bytes: int) -> dict[Piece, None]:
-    """Pieces worth up to `room_bytes`, evenly spread, in order of worth. More room is never filled with fewer bytes."""
+    """Pieces worth up to `room_bytes`, in order of worth: the head, then layers evenly spread. More room is never
+    filled with fewer bytes."""
     # Steps of the golden ratio round a circle: the first n of them lie evenly, whatever n is.
-    order = sorted(range(len(pieces)), key=lambda index: index * _GOLDEN_RATIO % 1)
+    order = sorted(range(len(pieces)), key=lambda i: (pieces[i].block.kind != "output", i * _GOLDEN_RATIO % 1))
     ends = [*accumulate(pieces[index].slot_bytes for index in order)]
     n_chosen = bisect_right(ends, room_bytes)
     chosen = dict.fromkeys(pieces[index] for index in order[:n_chosen])
