@@ -427,7 +427,7 @@ def test_a_conversation_needs_no_pointer(new_page: Callable[..., Any], chatting:
 
 def test_the_devices_of_a_cluster_and_their_shares_are_shown(new_page: Callable[..., Any], chatting: Served,
                                                              shots: Callable[[Any, str], None]) -> None:
-    """The server's part is in tests/server/test_cluster.py."""
+    """The server's part is in tests/server/test_served_cluster.py."""
     devices = [{"name": name, "bytes": round(share * 2**30), "share": share}
                for name, share in (("laptop", 0.5), ("pi<b>", 0.3), ("phone", 0.2))]
     told = {**chatting.state(), "cluster": {"devices": devices, "reason": "three are 2.1 times as fast as one"}}
