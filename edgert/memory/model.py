@@ -174,7 +174,7 @@ def predict(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: i
     multiply_s = _multiply(shape, profile, sizes, n_tokens, batch_size) * learnt
     expert_s = _multiply_experts(shape, profile, sizes, n_tokens, batch_size) * learnt
     attend_s = _attend(shape, profile, n_tokens, n_cached) * learnt
-    overhead_s = _overhead(shape, profile, sizes, -(-n_tokens // batch_size)) * learnt
+    overhead_s = _overhead(shape, profile, sizes, n_tokens, batch_size) * learnt
     compute_s = multiply_s + attend_s + overhead_s
     expert_read_s = missed_expert_bytes(shape, sizes, n_tokens, curve) * byte_s \
         + _expert_waits(shape, sizes, n_tokens, curve) * profile.disk.latency_s * profile.corrected("disk")
@@ -267,16 +267,19 @@ def _linear(points: Sequence[tuple[float, float]], x: float) -> float:
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
 
 
-def _overhead(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_batches: int) -> float:
+def _overhead(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int, batch_size: int) -> float:
     """What the pass of one token takes beyond its products, as it was rehearsed; else layers * 24 small operations and,
     where blocks come one by one, 2 blocks a layer of Python's time. Small operations cost a batch hardly more."""
     rehearsal, streams = profile.rehearsals.get(shape.key), sizes.weights == "streamed"
+    n_batches = -(-n_tokens // batch_size)
     if rehearsal is None:
         blocks_s = (shape.n_layers * _BLOCKS_PER_LAYER + 1) * _BLOCK_S * streams
         return n_batches * (shape.n_layers * _OPS_PER_LAYER * _OP_S + blocks_s)
     plain = replace(sizes, repacked={})
     products_s = _multiply(shape, profile, plain, 1, 1) + _multiply_experts(shape, profile, plain, 1, 1)
-    return n_batches * ((rehearsal.blocks_s if streams else rehearsal.fused_s) - products_s)
+    beyond_s = (rehearsal.blocks_s if streams else rehearsal.fused_s) - products_s
+    # A rehearsal can be quicker than the products alone were measured to be: that is right for one token, not for more.
+    return n_batches * (beyond_s if n_tokens == 1 else max(0.0, beyond_s))
 
 
 def _limit(shape: ModelShape, profile: DeviceProfile, read_s: float, compute_s: float, multiply_s: float,
