@@ -9,9 +9,13 @@ export class ApiError extends Error {
 }
 
 let askKey = null;
+let tellOffline = () => {};
 
 // `ask` shows the dialog for the API key and resolves once the server has taken it.
 export function onKeyNeeded(ask) { askKey = ask; }
+
+// `tell` hears of every request that no server has answered.
+export function onOffline(tell) { tellOffline = tell; }
 
 async function request(method, path, body, headers = {}) {
   const options = { method, headers: { ...headers } };
@@ -24,6 +28,7 @@ async function request(method, path, body, headers = {}) {
   try {
     reply = await fetch(path, options);
   } catch {
+    tellOffline();
     throw new ApiError(0, { message: "The server does not answer. Is edgert still running?", code: "offline" });
   }
   if (reply.status === 401 && askKey && path !== "/edgert/session") {

@@ -1,6 +1,6 @@
 // Starts the page: which conversation the address names, what the keys do, and how the server is.
 
-import { get, onKeyNeeded } from "./api.js";
+import { get, onKeyNeeded, onOffline } from "./api.js";
 import { startComposer } from "./composer.js";
 import { askKey, showKeys } from "./dialogs.js";
 import { $, notice } from "./dom.js";
@@ -47,6 +47,7 @@ async function reopen(chatId) {
   }
 }
 
+// Whoever asks in vain notes it: a server that is killed and started again between two looks was away too.
 let wasAway = false;
 
 async function look() {
@@ -56,7 +57,7 @@ async function look() {
     const other = now.model !== state.server?.model || now.budget_bytes !== state.server?.budget_bytes;
     state.server = now;
     changed("server");
-    if (wasAway) { wasAway = false; notice(""); await Promise.all([reloadChats(), reloadModels(), reopen()]); }
+    if (wasAway) { wasAway = false; notice(""); await Promise.all([reloadChats(), reloadModels(), state.chat ? reopen() : open()]); }
     else if (other) await reloadModels();
   } catch (error) {
     wasAway = true;
@@ -89,6 +90,7 @@ function flipTheme() {
 
 async function start() {
   onKeyNeeded(askKey);
+  onOffline(() => { wasAway = true; });
   startSidebar();
   startModels();
   startPanel();
