@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -99,6 +99,20 @@ def whole(text: str) -> int:
     if not 1 <= number <= _MAX_WHOLE:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {_MAX_WHOLE}")
     return number
+
+
+def above_zero(what: str, below: float) -> Callable[[str], float]:
+    """Reads a number of `what` above 0."""
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < below:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what} above 0")
+        return value
+
+    return read
 
 
 def token_count(text: str) -> int:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from apps.cli.arguments import whole
+from apps.cli.arguments import above_zero, whole
 
 _DESCRIPTION = """\
 Train the small head that says which tokens of a long context a model needs
@@ -28,7 +28,8 @@ def add_subcommand(subparsers: argparse._SubParsersAction[Any]) -> None:
                         help="look for models there too")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="DIR",
                         help="learn from the texts and sources in DIR")
-    parser.add_argument("--minutes", type=_minutes, default=60.0, metavar="N", help="how long, all in all (60)")
+    parser.add_argument("--minutes", type=above_zero("minutes", 1e5), default=60.0, metavar="N",
+                        help="how long, all in all (60)")
     parser.add_argument("--examples", type=whole, default=0, metavar="N",
                         help="capture exactly N sequences, however long it takes")
     parser.add_argument("--epochs", type=whole, default=12, metavar="N", help="passes over the sequences, at most (12)")
@@ -80,14 +81,3 @@ def run(args: argparse.Namespace) -> int:
         say(f"{measure} {value}")
     print(options.out)
     return 0
-
-
-def _minutes(text: str) -> float:
-    """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e5:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
-    return value

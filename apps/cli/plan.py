@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apps.cli.arguments import add_model_options, token_count, whole
+from apps.cli.arguments import above_zero, add_model_options, token_count, whole
 
 if TYPE_CHECKING:
     from apps.cli.plan_report import Report
@@ -35,7 +35,7 @@ def add_subcommand(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument("--context", type=token_count, metavar="N", help="tokens of prompt and answer together")
     group.add_argument("--prompt-tokens", type=whole, default=512, metavar="N",
                        help="the prompt whose time to first token is predicted (512)")
-    group.add_argument("--target-tok-s", type=_speed, metavar="X",
+    group.add_argument("--target-tok-s", type=above_zero("tokens per second", 1e6), metavar="X",
                        help="find the smallest memory that gives X tokens/s")
     group.add_argument("--all", action="store_true", help="rank every model that is here")
     group.add_argument("--json", action="store_true", help="print one line of JSON")
@@ -128,14 +128,3 @@ def _print_report(report: Report) -> None:
     from apps.cli.plan_table import print_report
 
     print_report(report)
-
-
-def _speed(text: str) -> float:
-    """Tokens per second: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens per second above 0")
-    return value

@@ -109,10 +109,10 @@ class BlockState:
             parts = self._ffn_parts = FfnParts(self._graphs.backend, arch.hp, self._x.ne[1])
         kind = arch.layer_kind(layer)
         if "ffn_up.weight" in w:
-            into = parts.next_hidden(w["ffn_up.weight"].ne[1])
+            into = parts.hidden.next(w["ffn_up.weight"].ne[1])
             self._compute(arch.ffn_hidden, ("ffn_hidden", kind), w, [self._x], into)
         else:
-            into = parts.next_output(w["ffn_down.weight"].ne[1])
+            into = parts.output.next(w["ffn_down.weight"].ne[1])
             self._compute(arch.ffn_down, ("ffn_down", kind), w, [parts.hidden.whole], into)
         return parts.output.whole
 

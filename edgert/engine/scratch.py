@@ -48,7 +48,7 @@ class Rows:
     """A matrix (n_rows, n_columns) float32 that graphs fill some rows at a time."""
 
     def __init__(self, whole: Tensor) -> None:
-        self.whole = whole
+        self.whole, self._n_filled = whole, 0
         self._context, self._views = Context(_MAX_PARTS), dict[int, Tensor]()
 
     def at(self, first: int, n_rows: int) -> Tensor:
@@ -59,6 +59,12 @@ class Rows:
             view.struct.nb[1], view.struct.nb[2], view.struct.nb[3] = (self.whole.nb[d] for d in (1, 2, 3))
         view.struct.data, view.struct.buffer = self.whole.data + 4 * first, self.whole.struct.buffer
         return view
+
+    def next(self, n_rows: int) -> Tensor:
+        """The rows after those that were given last; after the last ones, the first again."""
+        first = self._n_filled % self.whole.ne[0]
+        self._n_filled = first + n_rows
+        return self.at(first, n_rows)
 
     def close(self) -> None:
         self._context.close()
@@ -72,23 +78,10 @@ class FfnParts:
         self.hidden = Rows(context.tensor(TYPE_F32, (hp.ffn_size, n_tokens)))
         self.output = Rows(context.tensor(TYPE_F32, (hp.hidden_size, n_tokens)))
         self._memory = Memory(backend, context, [self.hidden.whole, self.output.whole])
-        self._n_hidden = self._n_output = 0
 
     @staticmethod
     def bytes_per_token(hp: Hyperparameters) -> int:
         return 4 * (hp.ffn_size + hp.hidden_size)
-
-    def next_hidden(self, n_rows: int) -> Tensor:
-        """Where the next rows of hidden values go; after the last, the first rows again."""
-        first = self._n_hidden % self.hidden.whole.ne[0]
-        self._n_hidden = first + n_rows
-        return self.hidden.at(first, n_rows)
-
-    def next_output(self, n_rows: int) -> Tensor:
-        """Where the next rows of output go; after the last, the first rows again."""
-        first = self._n_output % self.output.whole.ne[0]
-        self._n_output = first + n_rows
-        return self.output.at(first, n_rows)
 
     def close(self) -> None:
         for rows in (self.hidden, self.output):
