@@ -78,19 +78,12 @@ def drop_page_cache() -> None:
 @contextmanager
 def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
     """A group with this limit and without swap, removed in any case."""
-    unified = (_ROOT / "cgroup.controllers").exists()
-    directory = (_ROOT if unified else _ROOT / "memory") / f"edgert-{os.getpid()}-{time.monotonic_ns()}"
-    if unified:
-        (_ROOT / "cgroup.subtree_control").write_text("+memory")
-    directory.mkdir()
-    try:
-        (directory / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(limit_bytes))
-        swap = directory / ("memory.swap.max" if unified else "memory.swappiness")
+    with _group("memory", "memory") as (directory, is_unified):
+        (directory / ("memory.max" if is_unified else "memory.limit_in_bytes")).write_text(str(limit_bytes))
+        swap = directory / ("memory.swap.max" if is_unified else "memory.swappiness")
         if swap.exists():
             swap.write_text("0")
-        yield MemoryGroup(directory, unified)
-    finally:
-        _remove(directory)
+        yield MemoryGroup(directory, is_unified)
 
 
 def run_limited(command: Sequence[str], limit_bytes: int, timeout_s: float, *, disk: Path | None = None,
@@ -114,18 +107,25 @@ def _enter(groups: Sequence[Path]) -> None:
 @contextmanager
 def slow_disk(path: Path, read_bytes_s: int) -> Iterator[Path]:
     """A group whose processes read the disk that holds `path` at most so fast: write their ids to the file given."""
-    unified = (_ROOT / "cgroup.controllers").exists()
-    group = (_ROOT if unified else _ROOT / "blkio") / f"edgert-{os.getpid()}-{time.monotonic_ns()}"
-    if unified:
-        (_ROOT / "cgroup.subtree_control").write_text("+io")
-    group.mkdir()
-    try:
-        limit, text = (("io.max", f"{_disk_of(path)} rbps={read_bytes_s}") if unified else
+    with _group("io", "blkio") as (directory, is_unified):
+        limit, text = (("io.max", f"{_disk_of(path)} rbps={read_bytes_s}") if is_unified else
                        ("blkio.throttle.read_bps_device", f"{_disk_of(path)} {read_bytes_s}"))
-        (group / limit).write_text(text)
-        yield group / "cgroup.procs"
+        (directory / limit).write_text(text)
+        yield directory / "cgroup.procs"
+
+
+@contextmanager
+def _group(controller: str, controller_v1: str) -> Iterator[tuple[Path, bool]]:
+    """A group without limits where they can be set, and whether it is of version 2; removed in any case."""
+    is_unified = (_ROOT / "cgroup.controllers").exists()
+    if is_unified:
+        (_ROOT / "cgroup.subtree_control").write_text(f"+{controller}")
+    directory = (_ROOT if is_unified else _ROOT / controller_v1) / f"edgert-{os.getpid()}-{time.monotonic_ns()}"
+    directory.mkdir()
+    try:
+        yield directory, is_unified
     finally:
-        _remove(group)
+        _remove(directory)
 
 
 def _disk_of(path: Path) -> str:

@@ -57,8 +57,8 @@ class Markdown:
         return iter(())
 
 
-class Csv:
-    """Every value in quotes; lists and objects as JSON; None is empty."""
+class _Headed:
+    """Rows below a head that is made of the first of them: before it, no column is known."""
 
     def __init__(self) -> None:
         self._has_head = False
@@ -70,12 +70,28 @@ class Csv:
         for row in rows:
             if not self._has_head:
                 self._has_head = True
-                yield ",".join(row)
-            yield ",".join('"' + ("" if value is None else str(value)).replace('"', '""') + '"'
-                           for value in map(flat, row.values()))
+                yield from self._columns(row)
+            yield self._values(row)
 
     def foot(self) -> Iterator[str]:
         return iter(())
+
+    def _columns(self, row: Row) -> Iterator[str]:
+        raise NotImplementedError
+
+    def _values(self, row: Row) -> str:
+        raise NotImplementedError
+
+
+class Csv(_Headed):
+    """Every value in quotes; lists and objects as JSON; None is empty."""
+
+    def _columns(self, row: Row) -> Iterator[str]:
+        yield ",".join(row)
+
+    def _values(self, row: Row) -> str:
+        return ",".join('"' + ("" if value is None else str(value)).replace('"', '""') + '"'
+                        for value in map(flat, row.values()))
 
 
 class JsonLines:
@@ -108,26 +124,16 @@ class JsonArray:
         yield json.dumps(self._rows, indent=2)
 
 
-class Sql:
+class Sql(_Headed):
     """A table and its rows, as sqlite3 takes them: `edgert bench MODEL -o sql | sqlite3 bench.sqlite`."""
 
-    def __init__(self) -> None:
-        self._has_head = False
+    def _columns(self, row: Row) -> Iterator[str]:
+        yield f"CREATE TABLE IF NOT EXISTS {SQL_TABLE} ("
+        yield ",\n".join(f"  {name} {_sql_type(name, value)}" for name, value in row.items())
+        yield ");"
 
-    def head(self) -> Iterator[str]:
-        return iter(())
-
-    def rows(self, rows: Sequence[Row]) -> Iterator[str]:
-        for row in rows:
-            if not self._has_head:
-                self._has_head = True
-                yield f"CREATE TABLE IF NOT EXISTS {SQL_TABLE} ("
-                yield ",\n".join(f"  {name} {_sql_type(name, value)}" for name, value in row.items())
-                yield ");"
-            yield f"INSERT INTO {SQL_TABLE} ({', '.join(row)}) VALUES ({', '.join(map(_sql_value, row.values()))});"
-
-    def foot(self) -> Iterator[str]:
-        return iter(())
+    def _values(self, row: Row) -> str:
+        return f"INSERT INTO {SQL_TABLE} ({', '.join(row)}) VALUES ({', '.join(map(_sql_value, row.values()))});"
 
 
 def format_named(name: FormatName, *, has_baseline: bool = False, sweeps: Sequence[str] = ()) -> Format:
