@@ -3,7 +3,8 @@
     python benchmarks/bench_accuracy.py MODEL.gguf [--checks repeat,cost,baseline] [--rounds 5]
 
 Prints a JSON line per check:
-  repeat    two measurements of the same thing, each with processes of its own: medians, and how far they are apart
+  repeat    two measurements of the same thing, each with processes of its own: medians, and how far they are apart; one
+            after the other, as a user would, and in turn, which leaves out how the machine's own speed moves
   cost      the same runs with and without somebody who looks at power, temperature and clocks ten times a second, in
             turn; and the processor time that measuring takes, as a share of one core
   baseline  llama.cpp as `--baseline` measures it beside llama-cpp-python's own `Llama.eval`, in turn
@@ -40,11 +41,18 @@ _N_CORES = 8  # of the device whose files are read for `cost`
 
 
 def repeat(args: argparse.Namespace) -> dict[str, Any]:
-    """Two sessions, one after the other."""
-    found = [[one[0].median_ts for one in session(args.model, _TESTS, args.rounds, usable_cores(), [OURS]).results()]
-             for _ in range(2)]
-    return {test.name: {"medians": [a, b], "apart": abs(a / b - 1)}
-            for test, a, b in zip(_TESTS, *found, strict=True)}
+    """Two sessions, one after the other; then two whose repetitions take turns."""
+    later = [_medians(args.model, args.rounds) for _ in range(2)]
+    pairs = [[_medians(args.model, 1) for _ in range(2)] for _ in range(args.rounds)]
+    in_turn = [[statistics.median(pair[side][test] for pair in pairs) for test in range(len(_TESTS))]
+               for side in range(2)]
+    return {test.name: {"medians": [a, b], "apart": abs(a / b - 1), "in_turn": [c, d], "apart_in_turn": abs(c / d - 1)}
+            for test, a, b, c, d in zip(_TESTS, *later, *in_turn, strict=True)}
+
+
+def _medians(model: Path, n_runs: int) -> list[float]:
+    """Of each test, in a process of its own."""
+    return [one[0].median_ts for one in session(model, _TESTS, n_runs, usable_cores(), [OURS]).results()]
 
 
 def cost(args: argparse.Namespace) -> dict[str, Any]:
