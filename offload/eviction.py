@@ -39,6 +39,10 @@ class ExpertSlots:
             self._take_out(key)
         return slot
 
+    def last_use(self, key: Key) -> int:
+        """The step of the last use of an expert that is here and not held."""
+        return self._last_use[key] // self._n_layers
+
     def claim(self, key: Key, step: int) -> tuple[int, Key | None] | None:
         """A slot for an expert that is not here, held, and the expert that gives way. None when all are held.
 

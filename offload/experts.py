@@ -19,9 +19,13 @@ from edgert.memory.profile import HitCurve
 from offload.arena import Arena
 from offload.direct_file import ALIGN_BYTES, DirectFile
 from offload.eviction import ExpertSlots, Key
+from offload.guesses import Guesses
 from offload.readers import Read, Readers, aligned_range
 from offload.residency import Piece
 from offload.working_set import WorkingSet
+
+# A pool of fewer slots, in what a token uses of a layer, has none that guesses would not take from the token itself.
+_LEAST_LAYERS_FOR_GUESSES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,10 @@ class ExpertPool:
         self._held: dict[int, int] = {}  # the layer's experts that have a slot, with their slots
         self._missing: dict[int, None] = {}  # those that wait for a slot
         self._last_use: dict[int, int] = {}  # all of them, with the time of their last use
+        self._requested: Mapping[int, int] | None = None  # the last request for the layer
+        self._guesses = Guesses()
+        self._kept: dict[Key, int] = {}  # what the next layer is guessed to want, with the time of its last use
+        self._read_ahead: set[Key] = set()  # those of them that were not here, until another layer is requested
         self.counters = Counters()
         self._working_set = WorkingSet(hp.n_layers * hp.n_experts, hp.n_layers * hp.n_experts_used)
         self._context = Context(3 * len(shape.layers))
@@ -139,6 +147,8 @@ class ExpertPool:
     def give_back(self, n_bytes: int) -> None:
         """Let the system have slots worth `n_bytes` of the pool as it was made, or take some again; only between two
         steps. Raises Cancelled."""
+        self.release()  # what a step that was stopped has left
+        self._let_go()
         n_slots = max(self._least_slots, self.n_slots - -(-n_bytes // self.shape.slot_bytes))
         before = self._slots.n_slots
         if n_slots == before:
@@ -148,9 +158,7 @@ class ExpertPool:
                 if key in self._reads:
                     self._abandon(key, slot)
             for slot in [slot for slot in self._unsettled if slot >= n_slots]:
-                for read in self._unsettled[slot]:
-                    read.settle(self._is_cancelled)
-                del self._unsettled[slot]
+                self._settle(slot)
             if n_slots < before:
                 start = n_slots * self.shape.slot_bytes
                 self._arena.give_back(self._base + start, before * self.shape.slot_bytes - start)
@@ -165,16 +173,20 @@ class ExpertPool:
     def plan(self) -> dict[str, float]:
         return {"expert_slots": self._slots.n_slots, "expert_slot_bytes": self.shape.slot_bytes,
                 **{f"expert_{name}": value for name, value in asdict(self.counters).items()},
+                "expert_guesses": self._guesses.n_read, "expert_wrong_guesses": self._guesses.n_wrong,
                 "expert_read_bytes": self.bytes_read}
 
     def weights(self, layer: int) -> Weights:
         return self._weights[layer]
 
-    def request(self, layer: int, last_use: Mapping[int, int]) -> None:
+    def request(self, layer: int, last_use: Mapping[int, int]) -> Mapping[int, int] | None:
         if layer != self._layer:
             assert self._layer == -1, "the layer before was not released"
             self._offset = self._clock.visit(layer, last_use.values())
             self._layer = layer
+            self._guesses.learn(layer, last_use)
+            self._let_go([(layer, expert) for expert in last_use])
+        self._requested = last_use
         self._clock.newest = max(self._clock.newest, max(last_use.values()) + self._offset)
         new = [expert for expert in last_use if expert not in self._last_use]
         self._last_use |= {expert: position + self._offset for expert, position in last_use.items()}
@@ -183,14 +195,42 @@ class ExpertPool:
             self._working_set.use(layer, new, self._last_use[new[-1]], counts=is_one)
         unheld = [expert for expert in last_use if expert not in self._held and expert not in self._missing]
         absent = dict.fromkeys(expert for expert in unheld if not self._hold(expert))
-        self.counters.misses += len(absent)
-        self.counters.hits += sum(expert not in absent for expert in new)
+        n_early = sum((layer, expert) in self._read_ahead for expert in new if expert not in absent)
+        self.counters.misses += len(absent) + n_early
+        self.counters.hits += sum(expert not in absent for expert in new) - n_early
         if absent:
             self._missing |= absent
             self._claim()
+            return None
+        return self._held if all(self._is_here(expert) for expert in last_use) else None
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        if self._missing or self._slots.n_slots < _LEAST_LAYERS_FOR_GUESSES * self._n_used:
+            return
+        here, absent = list[Key](), list[Key]()
+        for expert in experts:
+            (here if (layer, expert) in self._slots else absent).append((layer, expert))
+        if not self._guesses.make(layer, [expert for _, expert in absent]):
+            return
+        for key in here:  # or what is read would take their slots
+            self._kept[key] = self._slots.last_use(key)
+            self._slots.hold(key)
+        for key in absent:
+            if self._read(key) is not None:
+                self._kept[key] = self._clock.newest
+                self._read_ahead.add(key)
+
+    def _let_go(self, wanted: Sequence[Key] = ()) -> None:
+        """Of the experts that were kept for guesses, hold those that are wanted."""
+        for key, step in self._kept.items():
+            if key not in wanted:
+                self._slots.release(key, step)
+        self._read_ahead &= {*wanted}
+        self._kept.clear()
 
     def waves(self, layer: int, last_use: Mapping[int, int]) -> Iterator[Mapping[int, int]]:
-        self.request(layer, last_use)
+        if last_use is not self._requested:
+            self.request(layer, last_use)
         waiting = dict.fromkeys(last_use)
         while waiting:
             if self._missing:
@@ -209,7 +249,7 @@ class ExpertPool:
         self._held.clear()
         self._missing.clear()
         self._last_use.clear()
-        self._layer = -1
+        self._layer, self._requested = -1, None
 
     def _hold(self, expert: int) -> bool:
         """Keep an expert that has a slot, though it may still be on its way. A read that failed counts as none."""
@@ -226,25 +266,40 @@ class ExpertPool:
 
     def _claim(self) -> None:
         """Slots for the missing, and reads into them, as long as others can give way."""
-        step = self._clock.newest
         for expert in [*self._missing]:
-            key = self._layer, expert
-            claimed = self._slots.claim(key, step)
-            if claimed is None:
+            slot = self._read((self._layer, expert))
+            if slot is None:
                 return
-            slot, victim = claimed
-            if victim is not None and victim in self._reads:
-                self._abandon(victim, slot)
-            try:
-                for read in self._unsettled.get(slot, ()):
-                    read.settle(self._is_cancelled)
-            except BaseException:
-                self._slots.forget(key)
-                raise
-            self._unsettled.pop(slot, None)
             self._held[expert] = slot
             del self._missing[expert]
-            self._reads[key] = [self._start(matrix, expert, slot) for matrix in self.shape.layers[self._layer]]
+
+    def _read(self, key: Key) -> int | None:
+        """A slot for an expert that is not here, held, into which it is read. None where none gives way."""
+        claimed = self._slots.claim(key, self._clock.newest)
+        if claimed is None:
+            return None
+        slot, victim = claimed
+        if victim is not None and victim in self._reads:
+            self._abandon(victim, slot)
+        try:
+            self._settle(slot)
+        except BaseException:
+            self._slots.forget(key)
+            raise
+        self._reads[key] = [self._start(matrix, key[1], slot) for matrix in self.shape.layers[key[0]]]
+        return slot
+
+    def _settle(self, slot: int) -> None:
+        """Until no reader writes into the slot any more."""
+        if slot not in self._unsettled:
+            return
+        start = time.perf_counter()
+        try:
+            for read in self._unsettled[slot]:
+                read.settle(self._is_cancelled)
+        finally:
+            self.counters.waited_s += time.perf_counter() - start
+        del self._unsettled[slot]
 
     def _abandon(self, key: Key, slot: int) -> None:
         reads = self._reads.pop(key)

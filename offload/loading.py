@@ -18,6 +18,7 @@ from edgert.engine.batch import MAX_DECODE_TOKENS, Batch, Phase
 from edgert.engine.blockwise import MAX_GRAPHS, PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Solo
 from edgert.engine.engine import forward
+from edgert.engine.expert_segments import ExpertSegments
 from edgert.engine.fused import FusedGraphs
 from edgert.engine.kv_cache import CELLS_PER_BUCKET, DenseKVCache
 from edgert.engine.trace import OFF, Trace
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 class Headers:
     """A WeightSource without weights: shapes and types, for graphs that are only measured."""
 
-    resident = False
+    resident, stay = False, True
 
     def __init__(self, backend: Backend, pieces: Sequence[Piece], model: ModelFile, batch_size: int,
                  n_slots: int = 1, *, are_whole: bool = False) -> None:
@@ -95,6 +96,9 @@ class _AnyExperts:
     def request(self, layer: int, last_use: Mapping[int, int]) -> None:
         """Nothing moves."""
 
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """Nor here."""
+
     def waves(self, layer: int, last_use: Mapping[int, int]) -> Iterator[Mapping[int, int]]:
         yield dict.fromkeys(last_use, 0)
 
@@ -124,6 +128,9 @@ def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv
             most = max(part.n_tokens for part in graphs.in_parts([Batch(np.zeros(n_tokens, np.int32), 0)]))
             compute_bytes[part_tokens] = graphs.reserve(_largest(most, n_logits, kv),
                                                         lambda states: forward(states, arch, headers, kv, Solo()))
+        if arch.hp.n_experts and not is_shard:
+            segments_bytes = _segments_bytes(backend, arch, kv, headers)
+            compute_bytes = {part: n_bytes + segments_bytes for part, n_bytes in compute_bytes.items()}
     finally:
         headers.close()
     for path, data_start in zip(model.parts, model.data_starts, strict=True):
@@ -166,6 +173,17 @@ def _fused_bytes(backend: Backend, model: ModelFile, arch: Architecture, kv: Den
         whole.close()
 
 
+def _segments_bytes(backend: Backend, arch: Architecture, kv: DenseKVCache, headers: Headers) -> int:
+    """Compute buffers of single tokens, where only experts are awaited."""
+    segments = ExpertSegments(backend, arch, kv)
+    try:
+        segments.prepare(Batch(np.zeros(1, np.int32), kv.context_length - 1), headers,
+                         lambda state: forward([state], arch, state, kv, Solo()))
+        return segments.compute_bytes
+    finally:
+        segments.close()
+
+
 def _largest(n_tokens: int, n_logits: int, kv: DenseKVCache) -> list[Batch]:
     """Batches at the end of the context: of prefill, of decode, and of guesses that are verified."""
     sizes = {n_tokens: 1, **{n: min(n, n_logits) for n in (min(n_tokens, MAX_DECODE_TOKENS), min(n_tokens, n_logits))}}
@@ -184,9 +202,10 @@ def _growth_bytes(arch: Architecture, context_length: int, n_logits: int) -> int
     (one every CELLS_PER_BUCKET tokens in each), two kinds of layers."""
     n_kinds = 4 if n_logits > 1 else 2
     n_graphs = 12 * n_kinds + 8 + 2 * n_kinds * context_length // CELLS_PER_BUCKET
-    if arch.hp.n_experts:  # every size of a wave
-        n_graphs = MAX_GRAPHS
-    return _GROWTH_BYTES + min(MAX_GRAPHS, n_graphs) * _GRAPH_BYTES
+    n_segments = 0
+    if arch.hp.n_experts:  # every size of a wave, and a token's three graphs a layer
+        n_graphs, n_segments = MAX_GRAPHS, 3 * arch.hp.n_layers
+    return _GROWTH_BYTES + (min(MAX_GRAPHS, n_graphs) + n_segments) * _GRAPH_BYTES
 
 
 def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:

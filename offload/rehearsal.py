@@ -9,7 +9,7 @@ a read takes is no matter of bandwidth: 2.6 MiB that the disk has in 0.7 ms, a l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import count
@@ -24,6 +24,7 @@ from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.calibration import bytes_like_weights
 from edgert.engine.collective import Solo
 from edgert.engine.engine import forward
+from edgert.engine.expert_segments import ExpertSegments
 from edgert.engine.fused import FusedGraphs
 from edgert.engine.kv_cache import DenseKVCache, KVType
 from edgert.engine.weights import Experts
@@ -108,11 +109,15 @@ def _blocks_s(cast: _Cast, n_cached: int, n_missed: int = 0) -> float:
         kv = _cache(cast, opened)
         graphs = BlockwiseGraphs(cast.backend, cast.arch, kv)
         opened.callback(graphs.close)
-        pool = _pool(cast, n_missed, opened)
+        pool = _pool(cast, opened)
         blocks = _Blocks(cast.backend, cast.pieces, cast.model, cast.weights, pool, n_missed)
         opened.callback(blocks.close)
-        batch = _token_after(n_cached)
-        return _median(lambda: graphs.run([batch], lambda states: forward(states, cast.arch, blocks, kv, Solo())))
+        segments = ExpertSegments(cast.backend, cast.arch, kv)
+        opened.callback(segments.close)
+        batch, arch = _token_after(n_cached), cast.arch
+        if pool is not None:
+            return _median(lambda: segments.run(batch, blocks, lambda state: forward([state], arch, state, kv, Solo())))
+        return _median(lambda: graphs.run([batch], lambda states: forward(states, arch, blocks, kv, Solo())))
 
 
 def _fused_s(cast: _Cast) -> float:
@@ -153,15 +158,15 @@ def _cache(cast: _Cast, opened: ExitStack) -> DenseKVCache:
     return kv
 
 
-def _pool(cast: _Cast, n_missed: int, opened: ExitStack) -> ExpertPool | None:
+def _pool(cast: _Cast, opened: ExitStack) -> ExpertPool | None:
     """A pool for the model's experts, each matrix a page: the bookkeeping is that of real ones. With room for all that
-    are used, or for those of a layer where all are missed."""
+    are used."""
     hp, (_, experts) = cast.arch.hp, split_experts(cast.pieces)
     if not experts:
         return None
     small = [replace(piece, type_id=TYPE_F32, shape=(ALIGN_BYTES // 4, 1, hp.n_experts), part=0, offset=0,
                      n_bytes=ALIGN_BYTES * hp.n_experts) for piece in experts]
-    n_slots = hp.n_experts_used * (1 if n_missed == hp.n_experts_used else hp.n_layers)
+    n_slots = hp.n_experts_used * hp.n_layers
     shape = PoolShape.of(small)
     arena = Arena(n_slots * shape.slot_bytes)
     opened.callback(arena.close)
@@ -227,27 +232,39 @@ class _Blocks(Headers):
 
 class _Experts:
     """A real pool decides what is here and what is read; products go round the slots on the stage. An expert keeps the
-    slot that it had first, so that every pass computes, and chooses, the same."""
+    slot that it had first, so that every pass computes, and chooses, the same: guesses of the next layer are right."""
 
     holds_a_layer = True
 
     def __init__(self, on_stage: Experts, pool: ExpertPool, n_slots: int, n_missed: int) -> None:
         self._pool, self._n_slots, self._n_missed = pool, n_slots, n_missed
         self._slots: dict[tuple[int, int], int] = {}
-        self._used: tuple[int, int] | None = None
-        self.weights, self.request, self.hit_curve = on_stage.weights, pool.request, pool.hit_curve
+        self._chosen: dict[int, list[int]] = {}
+        self._layer = -1
+        self.weights, self.hit_curve = on_stage.weights, pool.hit_curve
+
+    def request(self, layer: int, last_use: Mapping[int, int]) -> Mapping[int, int] | None:
+        self._layer, self._chosen[layer] = layer, [*last_use]
+        here = self._pool.request(layer, last_use)
+        return None if here is None else self._on_stage(here)
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        self._pool.expect(layer, self._chosen.get(layer, ()))
 
     def waves(self, layer: int, last_use: Mapping[int, int]) -> Iterator[Mapping[int, int]]:
-        self._used = layer, next(iter(last_use))
         for here in self._pool.waves(layer, last_use):
-            yield {expert: self._slots.setdefault((layer, expert), len(self._slots) % self._n_slots) for expert in here}
+            yield self._on_stage(here)
+
+    def _on_stage(self, experts: Iterable[int]) -> Mapping[int, int]:
+        return {expert: self._slots.setdefault((self._layer, expert), len(self._slots) % self._n_slots)
+                for expert in experts}
 
     def release(self) -> None:
-        """With the next pass in mind, whose layer is to miss one."""
+        """With the next pass in mind, whose layer is to miss some."""
         self._pool.release()
-        if self._used is not None and self._n_missed == 1:
-            self._pool.forget(*self._used)
-        self._used = None
+        for expert in self._chosen.get(self._layer, [])[:self._n_missed]:
+            self._pool.forget(self._layer, expert)
+        self._layer = -1
 
 
 class _Matrices(DirectFile):

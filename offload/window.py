@@ -139,6 +139,10 @@ class WindowWeights:
         return self._readers.bytes_read + self.embedding.bytes_read + experts_bytes - self._pinning_bytes
 
     @property
+    def stay(self) -> bool:
+        return not self._cycle
+
+    @property
     def bytes_per_pass(self) -> int:
         """What every pass reads now."""
         return sum(piece.slot_bytes for piece in self._cycle)

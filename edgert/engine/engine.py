@@ -17,6 +17,7 @@ from edgert.engine.account import Account, Laps
 from edgert.engine.batch import Batch, split
 from edgert.engine.blockwise import PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Collective, Solo
+from edgert.engine.expert_segments import ExpertSegments, ExpertState
 from edgert.engine.features import FeatureSink
 from edgert.engine.fused import FusedGraphs, State
 from edgert.engine.kv_cache import KVCache
@@ -44,14 +45,14 @@ class Engine:
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
         self._graphs = FusedGraphs(backend, arch, kv) if whole else graphs or BlockwiseGraphs(backend, arch, kv)
-        self._segments = SegmentGraphs(backend, arch, kv)
+        self._segments, self._expert_segments = SegmentGraphs(backend, arch, kv), ExpertSegments(backend, arch, kv)
         if self.collective.world_size > 1 and isinstance(self._graphs, BlockwiseGraphs):
             self._graphs.part_tokens = PART_TOKENS[-1]  # every rank cuts alike, whatever memory it has
 
     @property
     def compute_bytes(self) -> int:
         """Memory of the graphs' intermediate results."""
-        return self._graphs.compute_bytes + self._segments.compute_bytes
+        return self._graphs.compute_bytes + self._segments.compute_bytes + self._expert_segments.compute_bytes
 
     @property
     def passes_are_costly(self) -> bool:
@@ -83,12 +84,17 @@ class Engine:
             with self._trace.span(f"decode {batches[0].n_tokens}", "compute"):
                 logits = self._segments.run(batches[0], self._in_segments, self.collective)
             self.kv.commit(batches[-1])
+        elif self._waits_for_experts_alone(batches):
+            with self._trace.span("decode 1", "compute"):
+                logits = self._expert_segments.run(batches[0], self.weights, self._in_expert_segments)
+            self.kv.commit(batches[-1])
         elif isinstance(self._graphs, BlockwiseGraphs):
             n_tokens = sum(batch.n_tokens for batch in batches)
             self._graphs.is_alone = isinstance(self.collective, Solo)
             with self._trace.span(f"{batches[0].phase} {n_tokens}", "compute"):
                 logits = self._graphs.run(self._graphs.in_parts(batches), self._forward, self._features)
             self.kv.commit(batches[-1])
+            self._prepare_token()
         else:
             for batch in batches:
                 with self._trace.span(f"{batch.phase} {batch.n_tokens}", "compute"):
@@ -107,6 +113,21 @@ class Engine:
     def _in_segments(self, state: SegmentState) -> None:
         forward([state], self.arch, self.weights, self.kv, state)
 
+    def _waits_for_experts_alone(self, batches: list[Batch]) -> bool:
+        """Whether nothing but experts comes between the operations of a token."""
+        return (isinstance(self.collective, Solo) and self._features is None
+                and self._expert_segments.serve(batches, self.weights))
+
+    def _prepare_token(self) -> None:
+        """After a prompt, make the graphs of its answer's first token: they take as long as a token."""
+        token = Batch(np.zeros(1, np.int32), self.kv.length)
+        if self.kv.length < self.kv.context_length and self._waits_for_experts_alone([token]):
+            with self._trace.span("graphs of a token", "compute"):
+                self._expert_segments.prepare(token, self.weights, self._in_expert_segments)
+
+    def _in_expert_segments(self, state: ExpertState) -> None:
+        forward([state], self.arch, state, self.kv, self.collective)
+
     def plan(self) -> dict[str, Any]:
         """How this model runs here, for people and for `--json`."""
         return self.weights.plan()
@@ -119,7 +140,7 @@ class Engine:
         self.arch, self.weights, self.kv, self.backend = other.arch, other.weights, other.kv, other.backend
         self.collective, self.batch_size, self._features = other.collective, other.batch_size, other._features
         self._trace, self._laps = other._trace, other._laps
-        self._graphs, self._segments = other._graphs, other._segments
+        self._graphs, self._segments, self._expert_segments = other._graphs, other._segments, other._expert_segments
         self.between_steps = other.between_steps
 
     def cancel(self) -> None:
@@ -131,6 +152,7 @@ class Engine:
 
     def close(self) -> None:
         self._segments.close()
+        self._expert_segments.close()
         self._graphs.close()
         self.kv.close()
         self.weights.close()

@@ -49,7 +49,7 @@ class MappedFile:
 class ResidentWeights:
     """A WeightSource that holds every block. Memory: the file's pages, and the repacked tensors once more."""
 
-    resident = True
+    resident = stay = True
     n_output_parts = n_ffn_parts = 1
     experts = None
     waited_s = 0.0

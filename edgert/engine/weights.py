@@ -12,7 +12,7 @@ rest of it (norm and router): the router's choice must be known before the exper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -32,9 +32,14 @@ class Experts(Protocol):
         """Whether all experts of a layer have room at once."""
         ...
 
-    def request(self, layer: int, last_use: Mapping[int, int]) -> None:
+    def request(self, layer: int, last_use: Mapping[int, int]) -> Mapping[int, int] | None:
         """These experts will be wanted: start reading those that are not here, as many as have room. Each comes with
-        the position of the last token that uses it."""
+        the position of the last token that uses it. Their slots, when all are here already; else None."""
+        ...
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """A guess of what the next layer will ask for, when all that this one wants was requested: may be read ahead,
+        in slots of experts that nobody has used for long."""
         ...
 
     def waves(self, layer: int, last_use: Mapping[int, int]) -> Iterator[Mapping[int, int]]:
@@ -63,6 +68,11 @@ class Leases(Protocol):
     n_ffn_parts: int
     """A dense FFN comes as this many blocks: first rows of gate and up, then rows of down, each in order. One block
     has everything."""
+
+    @property
+    def stay(self) -> bool:
+        """Whether all blocks, but for experts that come one by one, lie at one address until the next step."""
+        ...
 
     @property
     def experts(self) -> Experts | None:

@@ -4,7 +4,7 @@ no more often than it must. Faults are in test_expert_faults.py, the policy in t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import cycle
 from math import ceil
@@ -16,14 +16,15 @@ import pytest
 from engine.engines import assert_same_answer, open_engine, open_oracle, random_tokens
 from faulty_disk import FaultyDisk
 from numpy.typing import NDArray
-from streaming import logits_of, open_streaming, pool_of, small_pieces
+from streaming import logits_of, open_streaming, pool_of, small_pieces, window_of
 
 from edgert import Runtime
 from edgert.architectures.base import Weights
 from edgert.architectures.registry import open_architecture
 from edgert.engine.block_state import BlockState
 from edgert.errors import BudgetTooSmall
-from edgert.ggml.graph import Tensor
+from edgert.ggml.backend import Backend
+from edgert.ggml.graph import Graph, Tensor
 from edgert.gguf.model_file import ModelFile
 from offload import residency
 from offload.experts import ExpertPool, PoolShape, is_expert
@@ -55,7 +56,8 @@ def pieces_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     small_pieces(monkeypatch)
 
 
-@pytest.mark.parametrize("room", ["one", "few", "a layer", "half", "all but one", "all"])
+@pytest.mark.parametrize("room", ["one", "few", "one, all else here", "few, all else here", "a layer", "half",
+                                  "all but one", "all"])
 @pytest.mark.parametrize(("architecture", "options"), SHAPES, ids=str)
 def test_logits_are_those_of_resident_weights(tiny_model: TinyModel, architecture: str, options: dict[str, Any],
                                               room: str) -> None:
@@ -63,7 +65,7 @@ def test_logits_are_those_of_resident_weights(tiny_model: TinyModel, architectur
     n_experts = options.get("n_experts", N_EXPERTS)
     n_all = n_experts * options.get("n_layers", N_LAYERS)
     n_slots = {"one": 1, "few": 3, "a layer": n_experts, "half": n_all // 2 + 1, "all but one": n_all - 1,
-               "all": n_all}[room]
+               "all": n_all}[room.removesuffix(", all else here")]
     share = {"one": 0.0, "few": 0.5}.get(room, 1.0)
     with open_streaming(path, share, n_slots=n_slots) as engine:
         for expected, logits in zip(resident_logits(path), logits_of(engine, STEPS), strict=True):
@@ -163,7 +165,7 @@ def test_waiting_for_experts_is_in_the_account_of_a_step(tiny_model: TinyModel,
         disk = FaultyDisk(path).install(monkeypatch)
         engine.step(np.array([5], np.int32))  # the row of its embedding stays
         disk.stop_answering()
-        threading.Timer(0.04, disk.answer).start()
+        threading.Timer(0.3, disk.answer).start()
         before, before_experts = engine.weights.waited_s, pool_of(engine).counters.waited_s
         engine.step(np.array([5], np.int32))
         waited_s = pool_of(engine).counters.waited_s - before_experts
@@ -175,9 +177,9 @@ def test_a_router_before_attention_has_its_experts_read_meanwhile(tiny_model: Ti
     requested: list[str] = []
     request, attention = ExpertPool.request, BlockState.attention
 
-    def recorded_request(pool: ExpertPool, layer: int, last_use: Mapping[int, int]) -> None:
+    def recorded_request(pool: ExpertPool, layer: int, last_use: Mapping[int, int]) -> Mapping[int, int] | None:
         requested.append(f"request {layer} {sorted(last_use)}")
-        request(pool, layer, last_use)
+        return request(pool, layer, last_use)
 
     def recorded_attention(state: BlockState, layer: int, w: Weights) -> Tensor:
         requested.append(f"attention {layer}")
@@ -185,12 +187,56 @@ def test_a_router_before_attention_has_its_experts_read_meanwhile(tiny_model: Ti
 
     monkeypatch.setattr(ExpertPool, "request", recorded_request)
     monkeypatch.setattr(BlockState, "attention", recorded_attention)
-    with open_streaming(tiny_model("smallthinker"), 1.0, n_slots=5) as engine:
+    with open_streaming(tiny_model("smallthinker"), 0.5, n_slots=5) as engine:
         engine.step(np.array([5], np.int32))
     for layer in range(N_LAYERS):
         before, during, after = requested[3 * layer:3 * layer + 3]
         assert during == f"attention {layer}"
         assert before == after  # what was foreseen is what was chosen
+
+
+def test_of_a_token_alone_too(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all else stays, a graph of attention comes between the request and the wait."""
+    events: list[str] = []
+    request, waves, compute = ExpertPool.request, ExpertPool.waves, Backend.compute
+
+    def recorded_request(pool: ExpertPool, layer: int, last_use: Mapping[int, int]) -> Mapping[int, int] | None:
+        events.append(f"request {layer} {sorted(last_use)}")
+        return request(pool, layer, last_use)
+
+    def recorded_waves(pool: ExpertPool, layer: int, last_use: Mapping[int, int]) -> Iterator[Mapping[int, int]]:
+        events.append(f"await {layer} {sorted(last_use)}")
+        return waves(pool, layer, last_use)
+
+    def recorded_compute(backend: Backend, graph: Graph) -> None:
+        events.append("compute")
+        compute(backend, graph)
+
+    monkeypatch.setattr(ExpertPool, "request", recorded_request)
+    monkeypatch.setattr(ExpertPool, "waves", recorded_waves)
+    monkeypatch.setattr(Backend, "compute", recorded_compute)
+    with open_streaming(tiny_model("smallthinker"), 1.0, n_slots=5) as engine:
+        engine.step(np.array([5], np.int32))
+    for layer in range(N_LAYERS):
+        start = next(i for i, event in enumerate(events) if event.startswith(f"request {layer} "))
+        assert events[start + 1:start + 3] == ["compute", events[start].replace("request", "await")]
+
+
+@pytest.mark.parametrize("family", ["qwen3moe", "smallthinker"])
+def test_tokens_go_on_where_attention_reads_more_cells(tiny_model: TinyModel, family: str) -> None:
+    path, steps = tiny_model(family), [random_tokens(254), *([t] for t in random_tokens(4))]
+    with open_engine(path) as resident, open_streaming(path, 1.0, n_slots=5) as engine:
+        for expected, logits in zip(logits_of(resident, steps), logits_of(engine, steps), strict=True):
+            np.testing.assert_array_equal(expected, logits)
+
+
+def test_weights_that_begin_to_stream_and_stay_again_change_nothing(tiny_model: TinyModel) -> None:
+    path = tiny_model("smallthinker", quantisation="MIXED")
+    with open_streaming(path, 1.0, n_slots=5) as engine:
+        window, budgets = window_of(engine), cycle((2**40, 0, 2**40))
+        engine.between_steps = lambda n_tokens: window.pin(next(budgets))
+        for expected, logits in zip(resident_logits(path), logits_of(engine, STEPS), strict=True):
+            np.testing.assert_array_equal(expected, logits)
 
 
 # ------------------------------------------------------------------------------------------------------------- planning
