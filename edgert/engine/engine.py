@@ -17,7 +17,8 @@ from edgert.engine.account import Account, Laps
 from edgert.engine.batch import Batch, split
 from edgert.engine.blockwise import PART_TOKENS, BlockwiseGraphs
 from edgert.engine.collective import Collective, Solo
-from edgert.engine.expert_segments import ExpertSegments, ExpertState
+from edgert.engine.expert_segments import ExpertSegments
+from edgert.engine.expert_state import ExpertState
 from edgert.engine.features import FeatureSink
 from edgert.engine.fused import FusedGraphs, State
 from edgert.engine.kv_cache import KVCache
