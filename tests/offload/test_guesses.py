@@ -88,17 +88,16 @@ def test_what_is_guessed_takes_no_slot_of_what_is_guessed_too(tiny_model: TinyMo
     monkeypatch.setattr(guesses, "_LEAST_SHARE", -1.0)
     with open_streaming(tiny_model("qwen3moe", n_experts=N_EXPERTS), 1.0, n_slots=N_SLOTS) as engine:
         pool = pool_of(engine)
-        for layer, wanted in ((0, [0, 1]), (1, [0, 1]), (0, [2, 3, 4, 5]), (1, [0])):  # all slots are taken
-            pool.request(layer, dict.fromkeys(wanted, layer))
-            for _ in pool.waves(layer, dict.fromkeys(wanted, layer)):
+        for layer, token, wanted in ((0, 0, [0, 1]), (1, 0, [0, 1]), (0, 1, [2, 3, 4, 5])):  # all slots are taken
+            last_use = dict.fromkeys(wanted, token)
+            pool.request(layer, last_use)
+            for _ in pool.waves(layer, last_use):
                 pass
-            if wanted == [2, 3, 4, 5]:
+            if token:
                 pool.expect(1, [0, 6, 1, 7])
             pool.release()
         before = pool.counters.misses
-        for expert in (0, 1):
-            pool.request(1, {expert: 3})
-            pool.release()
+        pool.request(1, {0: 1, 1: 1})
         assert pool.counters.misses == before
 
 
