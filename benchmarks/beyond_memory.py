@@ -31,6 +31,7 @@ _TIMEOUT_S = 900.0
 _RAW_S = 0.35  # of each number of threads; about 1 GB
 _UNLIMITED = 1 << 40
 _MAX_REFUSALS = 6
+_LEAST_BYTES = 128 * 2**20  # less ends the interpreter before it can refuse
 _PAGES_BYTES = 2**20  # what one start of a process takes more than another
 Row = dict[str, Any]
 
@@ -210,7 +211,7 @@ def budgets(args: argparse.Namespace) -> list[Row]:
 
 def _smallest_budget(args: argparse.Namespace) -> int:
     """What a process under a limit says that it needs, when it is asked again with what it said."""
-    budget = args.model.stat().st_size // 8
+    budget = max(args.model.stat().st_size // 8, _LEAST_BYTES)
     for _ in range(_MAX_REFUSALS):
         drop_page_cache()  # libraries' pages count where they are read
         outcome = run_limited(_command(args, "edgert", budget, args.prompt, 1), budget, _TIMEOUT_S)

@@ -112,8 +112,9 @@ class DirectFile:
             self._fd = -1
 
 
-def forget_cached(path: Path, n_bytes: int) -> None:
-    """Let the page cache forget the first `n_bytes` of a file: in a control group they count against the budget."""
+def forget_cached(path: Path, n_bytes: int = 0) -> None:
+    """Let the page cache forget the first `n_bytes` of a file, or all of it, but for what is mapped: in a control group
+    they count against the budget."""
     with contextlib.suppress(OSError, AttributeError):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -7,8 +7,10 @@ is pinned, how wide the window is and how many experts have a slot, the plan say
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,11 +213,20 @@ def _growth_bytes(arch: Architecture, context_length: int, n_logits: int) -> int
 def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:
     """What the process has taken already. In a control group about the budget's size, what the group is charged:
     pages of libraries and of the file's header count there."""
-    resident = probe.process_bytes()
-    group = probe.control_group()
-    if group is not None and group.limit_bytes <= 1.25 * budget_bytes:
-        return max(resident, group.usage_bytes)
-    return resident
+    resident, group = probe.process_bytes(), probe.control_group()
+    if group is None or group.limit_bytes > 1.25 * budget_bytes:
+        return resident
+    # What was read ahead of libraries and modules, and is not used: 20 MiB from a cold cache, the more the larger the
+    # limit, so that a budget would look too small only because it was larger than the one before.
+    for path in [*probe.mapped_files(), *_module_files()]:
+        forget_cached(path)
+    return max(resident, (probe.control_group() or group).usage_bytes)
+
+
+def _module_files() -> list[Path]:
+    """What Python has read of its modules' code."""
+    files = [getattr(module, "__cached__", None) for module in [*sys.modules.values()]]
+    return [Path(file) for file in files if isinstance(file, str)]
 
 
 def _by_layer(pieces: Sequence[Piece]) -> dict[int, list[Piece]]:

@@ -37,6 +37,15 @@ class MemoryProbe:
         """Resident memory of this process: anonymous and file pages."""
         return self._status("VmRSS")
 
+    def mapped_files(self) -> list[Path]:
+        """The files of which this process has mapped a part: libraries, mostly."""
+        try:
+            lines = (self._proc / "self/maps").read_text().splitlines()
+        except OSError:
+            return []
+        return sorted({Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6
+                       and fields[5].startswith("/")})
+
     def available_bytes(self) -> int:
         """What could be taken without driving others out: MemAvailable, or what the control groups leave."""
         return min([self._meminfo("MemAvailable"), *(group.left_bytes for group in self._limited_groups())])
