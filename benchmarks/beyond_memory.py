@@ -4,13 +4,15 @@
     python benchmarks/beyond_memory.py prefill MODEL.gguf --ratios 2,4 --prompts 64,512,2048
     python benchmarks/beyond_memory.py budgets MODEL.gguf --steps 8             from the smallest budget that works up
     python benchmarks/beyond_memory.py decode MOE.gguf --residency 61,25   budgets for so many percent of its experts
+    python benchmarks/beyond_memory.py tpi 7B.gguf      TPI-LLM's own case (arXiv 2410.00531): a 7B in 1.7 GB, in 600 MB
 
 For each ratio of model to budget, in turn and from a cold page cache, with the disk's raw bandwidth of the same
 minutes. The peer is llama.cpp with mmap and without repacking, which is its best beyond memory; the limits are what
 the disk could do (streamed bytes over raw bandwidth) and what the processor does with everything in memory. Prints a
-table, and a JSON line per row. For a model with experts, the limit is what its misses were: time per token over the
-larger of the processor's and missed bytes over raw bandwidth. Beside its share of the speed in memory stands
-SmallThinker's own (arXiv 2507.20984, table 4: 67 % with 61 % of the 21B's experts, 38 % with 25 % of the 4B's).
+table, what is asked for beside each figure, and a JSON line per row. For a model with experts, the limit is what its
+misses were: time per token over the larger of the processor's and missed bytes over raw bandwidth. Beside its share
+of the speed in memory stands SmallThinker's own (arXiv 2507.20984, table 4: 67 % with 61 % of the 21B's experts, 38 %
+with 25 % of the 4B's).
 """
 
 from __future__ import annotations
@@ -33,6 +35,14 @@ _UNLIMITED = 1 << 40
 _MAX_REFUSALS = 6
 _LEAST_BYTES = 128 * 2**20  # less ends the interpreter before it can refuse
 _PAGES_BYTES = 2**20  # what one start of a process takes more than another
+# What is asked for: multiples of llama.cpp's speed by architecture and ratio, and bounds on the others.
+_FLOORS = {"qwen2": {1.5: 4.0, 2.0: 3.3, 2.8: 3.2}, "llama": {1.0: 7.0, 2.0: 2.4, 4.0: 1.6, 8.0: 1.5},
+           "smallthinker": {2.0: 2.0, 4.0: 3.0}, "qwen3moe": {2.0: 2.0, 4.0: 3.0}}
+_LEAST_OF_DISK, _MOST_OVER_LIMIT, _MOST_P99 = 0.90, {"decode": 1.15, "prefill": 1.10}, 1.5
+# SmallThinker's share of the speed in memory, by percent of experts in memory (arXiv 2507.20984, table 4).
+_PUBLISHED_SHARE = {61.0: 0.67, 25.0: 0.38}
+# TPI-LLM, table 2: Llama 2 7B on eight devices of 1.7 GB each, seconds for a token.
+_TPI_BUDGETS, _TPI_TOKEN_S = (1_700_000_000, 600_000_000), 2.6
 Row = dict[str, Any]
 
 
@@ -146,7 +156,8 @@ def _expert_row(ours: Row, resident: Row, raw: float) -> Row:
            ours["waited_s_per_token"], "disk_s": disk_s, "compute_s": compute_s,
            "over_limit": 1 / ours["tok_s"] / max(disk_s, compute_s)}
     print(f"      {ours['expert_slots']} slots, hit rate {row['hit_rate']:.3f}, {row['missed_mib_per_token']:.1f} MiB "
-          f"missed per token; {1000 / ours['tok_s']:.1f} ms, x{row['over_limit']:.2f} of the limit (disk "
+          f"missed per token; {1000 / ours['tok_s']:.1f} ms, x{row['over_limit']:.2f} of the limit (at most "
+          f"{_MOST_OVER_LIMIT['decode']}; disk "
           f"{1000 * disk_s:.1f}, in memory {1000 * compute_s:.1f}), waited {1000 * ours['waited_s_per_token']:.1f} ms")
     return row
 
@@ -171,9 +182,12 @@ def decode(args: argparse.Namespace, ratio: float, budget: int | None = None) ->
            "oom_kills": ours["oom_kills"], "peak_mib": ours["peak_bytes"] >> 20,
            "peak_rss_mib": ours["peak_rss_bytes"] >> 20,
            "same_tokens": ours["token_ids"] == resident["token_ids"] == peer.get("token_ids", ours["token_ids"])}
+    row |= {"floor": _FLOORS.get(architecture_of(args.model), {}).get(ratio)}
     print(f"r={ratio:<4} {row['budget_mib']:5} MiB  edgert {row['tok_s']:6.2f} tok/s  llama.cpp {peer['tok_s']:5.2f}"
-          f"  x{row['multiple']:.1f}  {row['of_disk_limit']:.0%} of {row['raw_gb_s']:.2f} GB/s  "
-          f"{row['of_resident']:.0%} of in memory  p99 x{row['p99_over_median']:.2f}", flush=True)
+          f"  x{row['multiple']:.1f} (floor {row['floor'] or '-'})  {row['of_disk_limit']:.0%} of "
+          f"{row['raw_gb_s']:.2f} GB/s (floor {_LEAST_OF_DISK:.0%})  {row['of_resident']:.0%} of in memory  p99 "
+          f"x{row['p99_over_median']:.2f} (at most {_MOST_P99})  bytes x{row['bytes_over_unpinned']:.3f} "
+          f"(at most 1.02)", flush=True)
     return {**row, **_expert_row(ours, resident, raw)}
 
 
@@ -190,9 +204,39 @@ def prefill(args: argparse.Namespace, ratio: float, prompt: int) -> Row:
            "bytes_over_unpinned": ours["prompt_bytes"] / (size - ours["pinned_bytes"]),
            "peer_bytes_over_model": peer.get("read_bytes", 0) / size, "limit_hits": ours["limit_hits"]}
     print(f"r={ratio:<4} {prompt:5} tokens  first after {row['ttft_s']:6.2f} s, x{row['over_limit']:.2f} of the limit "
-          f"{limit:5.2f} s (in memory {resident['ttft_s']:.2f}, disk {row['disk_s']:.2f})  llama.cpp "
-          f"{row['peer_ttft_s']:6.2f} s  bytes x{row['bytes_over_unpinned']:.3f}", flush=True)
+          f"{limit:5.2f} s (at most {_MOST_OVER_LIMIT['prefill']}; in memory {resident['ttft_s']:.2f}, disk "
+          f"{row['disk_s']:.2f})  llama.cpp "
+          f"{row['peer_ttft_s']:6.2f} s  bytes x{row['bytes_over_unpinned']:.3f} (at most 1.05), "
+          f"llama.cpp's x{row['peer_bytes_over_model']:.2f} of the model", flush=True)
     return row
+
+
+def retention(args: argparse.Namespace, percent: float, budget: int) -> Row:
+    """The share of the speed in memory with so many percent of the experts there, beside SmallThinker's."""
+    row = decode(args, round(args.model.stat().st_size / budget, 2), budget)
+    published = _PUBLISHED_SHARE.get(percent)
+    print(f"      {percent:g} % of the experts in memory: {row['of_resident']:.0%} of the speed in memory"
+          + (f" (SmallThinker's own: {published:.0%})" if published else ""), flush=True)
+    return {"residency_pct": percent, "published_share": published, **row}
+
+
+def tpi(args: argparse.Namespace, budget: int) -> Row:
+    """Speed, time to the first token and memory of a 7B on one device, beside the paper's on eight."""
+    ours = rounds(args, ("edgert",), budget, args.prompt, args.tokens)[0]["edgert"]
+    row = {"budget_bytes": budget, "tok_s": ours["tok_s"], "token_s": 1 / ours["tok_s"], "ttft_s": ours["ttft_s"],
+           "prompt": args.prompt, "peak_bytes": ours["peak_bytes"], "peak_rss_bytes": ours["peak_rss_bytes"],
+           "limit_hits": ours["limit_hits"], "oom_kills": ours["oom_kills"], "paper_token_s": _TPI_TOKEN_S}
+    print(f"{budget / 1e9:.1f} GB  {row['token_s']:.2f} s/token ({row['tok_s']:.2f} tok/s; TPI-LLM {_TPI_TOKEN_S} s on "
+          f"8 devices of 1.7 GB)  first of {args.prompt} after {row['ttft_s']:.2f} s  peak "
+          f"{row['peak_bytes'] / 1e9:.2f} GB, RSS {row['peak_rss_bytes'] / 1e9:.2f} GB  limit hits {row['limit_hits']}",
+          flush=True)
+    return row
+
+
+def architecture_of(path: Path) -> str:
+    from edgert.gguf.model_file import ModelFile
+
+    return ModelFile.open(path).architecture
 
 
 def budgets(args: argparse.Namespace) -> list[Row]:
@@ -225,7 +269,7 @@ def _smallest_budget(args: argparse.Namespace) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decode", "prefill", "budgets"))
+    parser.add_argument("what", choices=("decode", "prefill", "budgets", "tpi"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--ratios", default="1.5,2,2.8")
     parser.add_argument("--residency", help="percent of a model's experts, instead of ratios, for decode")
@@ -252,10 +296,11 @@ def main() -> None:
     ratios = [float(text) for text in args.ratios.split(",")]
     if args.what == "budgets":
         rows = budgets(args)
+    elif args.what == "tpi":
+        rows = [tpi(args, budget) for budget in _TPI_BUDGETS]
     elif args.what == "decode" and args.residency:
         shares = [(float(text), budget_of_residency(args, float(text))) for text in args.residency.split(",")]
-        rows = [{"residency_pct": percent, **decode(args, round(args.model.stat().st_size / budget, 2), budget)}
-                for percent, budget in shares]
+        rows = [retention(args, percent, budget) for percent, budget in shares]
     elif args.what == "decode":
         rows = [decode(args, ratio) for ratio in ratios]
     else:
