@@ -238,7 +238,7 @@ class Planning:
 
 def shape_of(file: ModelFile, arch: Architecture, pieces: Sequence[Piece], kv_type: KVType) -> ModelShape:
     """The model as the memory manager sees it."""
-    from offload.experts import PoolShape, least_slots, split_experts
+    from offload.expert_layout import PoolShape, least_slots, split_experts
     from offload.residency import always_pinned, block_bytes
 
     hp, (static, of_experts) = arch.hp, split_experts(pieces)

@@ -34,7 +34,7 @@ from edgert.memory.shape import Overheads
 from offload.arena import HUGE_PAGE_BYTES, Arena
 from offload.direct_file import forget_cached
 from offload.embedding import EmbeddingRows
-from offload.experts import PoolShape, split_experts
+from offload.expert_layout import PoolShape, split_experts
 from offload.residency import Piece, Residency, always_pinned, block_bytes, choose, cut, n_parts
 from offload.window import WindowWeights, by_block
 

@@ -36,7 +36,8 @@ from edgert.memory.profile import Rehearsal
 from edgert.memory.shape import ModelShape
 from offload.arena import Arena
 from offload.direct_file import ALIGN_BYTES, DirectFile
-from offload.experts import ExpertPool, PoolShape, split_experts
+from offload.expert_layout import PoolShape, split_experts
+from offload.experts import ExpertPool
 from offload.loading import Headers
 from offload.residency import Piece, cut
 

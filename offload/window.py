@@ -29,7 +29,8 @@ from edgert.gguf.model_file import ModelFile
 from offload.arena import Arena
 from offload.direct_file import DirectFile
 from offload.embedding import EmbeddingRows
-from offload.experts import ExpertPool, PoolShape
+from offload.expert_layout import PoolShape
+from offload.experts import ExpertPool
 from offload.readers import Read, Readers, aligned_range
 from offload.residency import Piece, Residency, always_pinned, n_parts
 

@@ -23,7 +23,7 @@ from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
 from offload.arena import Arena
 from offload.embedding import EmbeddingRows
-from offload.experts import PoolShape, split_experts
+from offload.expert_layout import PoolShape, split_experts
 from offload.residency import Residency, block_bytes, cut
 from offload.window import WindowWeights
 from tensorpar.collectives import Algorithm, Group, Network

@@ -23,7 +23,8 @@ from edgert.gguf.model_file import ModelFile
 from offload import residency
 from offload.arena import Arena
 from offload.embedding import EmbeddingRows
-from offload.experts import ExpertPool, PoolShape, split_experts
+from offload.expert_layout import PoolShape, split_experts
+from offload.experts import ExpertPool
 from offload.loading import spare_window_bytes
 from offload.residency import Piece, Residency, always_pinned, block_bytes, choose, cut
 from offload.window import WindowWeights

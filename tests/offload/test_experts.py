@@ -27,7 +27,8 @@ from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Graph, Tensor
 from edgert.gguf.model_file import ModelFile
 from offload import residency
-from offload.experts import ExpertPool, PoolShape, is_expert
+from offload.expert_layout import PoolShape, is_expert
+from offload.experts import ExpertPool
 from offload.readers import aligned_range
 from offload.residency import cut
 
