@@ -255,7 +255,7 @@ def budgets(args: argparse.Namespace) -> list[Row]:
 
 def _smallest_budget(args: argparse.Namespace) -> int:
     """What a process under a limit says that it needs, when it is asked again with what it said."""
-    budget = max(args.model.stat().st_size // 8, _LEAST_BYTES)
+    budget = _LEAST_BYTES
     for _ in range(_MAX_REFUSALS):
         drop_page_cache()  # libraries' pages count where they are read
         outcome = run_limited(_command(args, "edgert", budget, args.prompt, 1), budget, _TIMEOUT_S)

@@ -25,6 +25,30 @@ _DEADLINE_S = 120.0  # a throttled SD card reads a 32 MiB piece in seconds; beyo
 _CLOSE_DEADLINE_S = 10.0  # four chunks from a disk of 1 MB/s
 
 
+class Latch:
+    """Closed until `set`, once and for all. A tenth of what `threading.Event` costs, which is 2 us before it waits: a
+    token may take 200 reads."""
+
+    __slots__ = ("_is_set", "_lock")
+
+    def __init__(self) -> None:
+        self._is_set, self._lock = False, threading.Lock()
+        self._lock.acquire()
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        self._lock.release()  # and again by each who waits
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until it is set, or for so long. Whether it is."""
+        if not self._is_set and self._lock.acquire(timeout=timeout_s):
+            self._lock.release()
+        return self._is_set
+
+
 @dataclass(slots=True, eq=False)
 class Read:
     """One piece on its way into memory."""
@@ -37,7 +61,7 @@ class Read:
     n_chunks_left: int = 0
     abandoned: bool = False  # nobody wants it any more: chunks that have not begun are skipped
     error: Exception | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    done: Latch = field(default_factory=Latch)
 
     @property
     def is_useless(self) -> bool:

@@ -18,7 +18,7 @@ from edgert.ggml.backend import Cancelled
 from offload import readers as readers_module
 from offload.arena import Arena
 from offload.direct_file import DirectFile
-from offload.readers import CHUNK_BYTES, Read, Readers
+from offload.readers import CHUNK_BYTES, Latch, Read, Readers
 
 PIECE_BYTES = 64 * 2**10
 N_PIECES = 32
@@ -274,3 +274,17 @@ def test_closing_does_not_wait_for_a_dead_disk(file: DirectFile, arena: Arena, d
 def test_closing_twice_is_safe(open_readers: Callable[[int], Readers]) -> None:
     readers = open_readers(3)
     assert readers.close() and readers.close()
+
+
+def test_everybody_who_waits_for_a_latch_goes_on_when_it_is_set() -> None:
+    latch, went_on = Latch(), list[bool]()
+    assert not latch.wait(0.001)
+    threads = [threading.Thread(target=lambda: went_on.append(latch.wait(60.0))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert not latch.is_set()
+    latch.set()
+    for thread in threads:
+        thread.join(60.0)
+    assert went_on == [True, True, True]
+    assert latch.wait(0.0)
