@@ -90,10 +90,13 @@ def _experts_in_decode(before: Row, after: Row, n_tokens: int) -> Row:
     """What decoding `n_tokens` changed in the experts' account; nothing for a model without a pool."""
     if "expert_slots" not in after:
         return {}
-    hits, misses, read, waited = (after[f"expert_{what}"] - before[f"expert_{what}"]
-                                  for what in ("hits", "misses", "read_bytes", "waited_s"))
-    return {"expert_hit_rate": hits / max(1, hits + misses), "missed_bytes_per_token": read / n_tokens,
-            "waited_s_per_token": waited / n_tokens}
+    hits, misses, read, waited, guesses, wrong = (
+        after[f"expert_{what}"] - before[f"expert_{what}"]
+        for what in ("hits", "misses", "read_bytes", "waited_s", "guesses", "wrong_guesses"))
+    missed = read - wrong * after["expert_slot_bytes"]  # what was read in vain is no miss
+    return {"expert_hit_rate": hits / max(1, hits + misses), "missed_bytes_per_token": missed / n_tokens,
+            "waited_s_per_token": waited / n_tokens, "guesses_per_token": guesses / n_tokens,
+            "wrong_guesses": wrong / max(1, guesses)}
 
 
 def limited(args: argparse.Namespace, name: str, budget: int, prompt: int, tokens: int) -> Row:
@@ -153,12 +156,14 @@ def _expert_row(ours: Row, resident: Row, raw: float) -> Row:
     disk_s, compute_s = ours["missed_bytes_per_token"] / raw, 1 / resident["tok_s"]
     row = {"expert_slots": ours["expert_slots"], "hit_rate": ours["expert_hit_rate"],
            "missed_mib_per_token": ours["missed_bytes_per_token"] / 2**20, "waited_s_per_token":
-           ours["waited_s_per_token"], "disk_s": disk_s, "compute_s": compute_s,
+           ours["waited_s_per_token"], "guesses_per_token": ours["guesses_per_token"],
+           "wrong_guesses": ours["wrong_guesses"], "disk_s": disk_s, "compute_s": compute_s,
            "over_limit": 1 / ours["tok_s"] / max(disk_s, compute_s)}
     print(f"      {ours['expert_slots']} slots, hit rate {row['hit_rate']:.3f}, {row['missed_mib_per_token']:.1f} MiB "
           f"missed per token; {1000 / ours['tok_s']:.1f} ms, x{row['over_limit']:.2f} of the limit (at most "
           f"{_MOST_OVER_LIMIT['decode']}; disk "
-          f"{1000 * disk_s:.1f}, in memory {1000 * compute_s:.1f}), waited {1000 * ours['waited_s_per_token']:.1f} ms")
+          f"{1000 * disk_s:.1f}, in memory {1000 * compute_s:.1f}), waited {1000 * ours['waited_s_per_token']:.1f} ms; "
+          f"{ours['guesses_per_token']:.1f} read ahead by guess, {ours['wrong_guesses']:.0%} in vain")
     return row
 
 

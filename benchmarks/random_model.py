@@ -16,6 +16,8 @@ real routing uneven (`Skew`), by the first block of numbers in a row, everything
   trace 38 % of a token's experts are those of the token before, 27 % those of 4 tokens before, 20 % of 64 before.
 - The output head's row of a token is the embedding of the token before: an answer counts through the vocabulary, where
   a random head gives one token over and over, with always the same experts. Neither head nor values see the block.
+Guesses of the next layer's experts (offload/guesses.py) are right in 98 of 100 here, for an FFN adds little to the
+hidden state; of trained models, 81 to 89 in 100 were published.
 What such a model chose, replayed by benchmarks/expert_cache.py, hits 61, 83 and 97 % at 12.5, 25 and 50 % residency
 (smallthinker-4b, 80 tokens); the real trace 61, 83 and 97 %.
 """

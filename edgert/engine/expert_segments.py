@@ -24,7 +24,7 @@ Build = Callable[[ExpertState], None]
 
 
 class ExpertSegments:
-    """The segments of the shape that the last token had: another is due every 256 tokens, and made in 20 ms."""
+    """The segments of the shape that the last token had: another is due every 256 tokens, and made in some 30 ms."""
 
     def __init__(self, backend: Backend, arch: Architecture, kv: KVCache) -> None:
         self._backend, self._arch, self._kv = backend, arch, kv
