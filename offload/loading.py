@@ -204,10 +204,9 @@ def _growth_bytes(arch: Architecture, context_length: int, n_logits: int) -> int
     (one every CELLS_PER_BUCKET tokens in each), two kinds of layers."""
     n_kinds = 4 if n_logits > 1 else 2
     n_graphs = 12 * n_kinds + 8 + 2 * n_kinds * context_length // CELLS_PER_BUCKET
-    n_segments = 0
-    if arch.hp.n_experts:  # every size of a wave, and a token's three graphs a layer
-        n_graphs, n_segments = MAX_GRAPHS, 3 * arch.hp.n_layers
-    return _GROWTH_BYTES + (min(MAX_GRAPHS, n_graphs) + n_segments) * _GRAPH_BYTES
+    if arch.hp.n_experts:  # every size of a wave. A token's own were made once: the process holds their memory already.
+        n_graphs = MAX_GRAPHS
+    return _GROWTH_BYTES + min(MAX_GRAPHS, n_graphs) * _GRAPH_BYTES
 
 
 def _process_bytes(probe: MemoryProbe, budget_bytes: int) -> int:

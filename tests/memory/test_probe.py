@@ -194,3 +194,17 @@ def test_stalls_that_cannot_be_read_are_none(tree: Tree, text: str) -> None:
     tree.write("proc/self/cgroup", "0::/\n")
     tree.write("sys/fs/cgroup/memory.pressure", text)
     assert tree.probe.stalled_percent() == 0.0
+
+
+def test_mapped_files_are_named_once_and_nothing_else_is(tree: Tree) -> None:
+    tree.write("proc/self/maps", "\n".join((
+        "55d0a6a00000-55d0a6c00000 r--p 00000000 fe:00 1058                       /usr/bin/python3.12",
+        "55d0a6c00000-55d0a6e00000 r-xp 00200000 fe:00 1058                       /usr/bin/python3.12",
+        "55d0a8000000-55d0a8200000 rw-p 00000000 00:00 0                          [heap]",
+        "7f00a0000000-7f00a0200000 rw-p 00000000 00:00 0 ",
+        "7f00b0000000-7f00b0200000 r--p 00000000 fe:00 77                         /opt/with a space/libggml.so")))
+    assert tree.probe.mapped_files() == [Path("/opt/with a space/libggml.so"), Path("/usr/bin/python3.12")]
+
+
+def test_without_proc_no_file_is_mapped(tmp_path: Path) -> None:
+    assert MemoryProbe(tmp_path).mapped_files() == []
