@@ -55,10 +55,12 @@ def test_a_context_that_grows_past_thresholds_gets_room_and_the_answer_is_the_sa
                                                                                    tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     prompt = [int(n) for n in np.random.default_rng(0).integers(0, 256, 200)]
-    with Runtime.load(path, threads=1, context=CONTEXT, memory=2**40) as resident:
+    with Runtime.load(path, threads=1, context=CONTEXT, memory=2**40, speculate="off") as resident:
         assert resident.plan()["weights"] == "resident"
         expected = [*resident.generate(prompt, max_tokens=340, sampling=GREEDY)]
-    with Runtime.load(path, threads=1, context=CONTEXT, memory=budget_of(path, 0.2), trace=trace) as runtime:
+    # Guesses would reach a threshold early, and go back from it: when, depends on how long passes take.
+    with Runtime.load(path, threads=1, context=CONTEXT, memory=budget_of(path, 0.2), trace=trace,
+                      speculate="off") as runtime:
         assert runtime.plan()["weights"] == "streamed"
         pinned = [runtime.memory()["pinned_bytes"]]
         generation = runtime.generate(prompt, max_tokens=340, sampling=GREEDY)
