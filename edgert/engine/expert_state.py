@@ -54,8 +54,8 @@ class LayerGraphs:
     whole: Graph | None = None  # all of it, where nothing is awaited
 
     def __iter__(self) -> Iterator[Graph]:
-        """But for the experts', which layers share."""
-        return (graph for graph in (self.attention, self.rest, self.whole) if graph is not None)
+        """But for the experts', which layers share; the largest first."""
+        return (graph for graph in (self.whole, self.rest, self.attention) if graph is not None)
 
 
 class ExpertState(FusedState):
