@@ -6,7 +6,6 @@ or an error. A token's record is one read; neighbours are one request. Knows no 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import KVStoreError, NoSpace
+from edgert.uncached_file import METHODS, Method, UncachedFile
 
 Positions = NDArray[np.int64]
 Checksums = NDArray[np.uint32]
@@ -34,21 +34,20 @@ class RecordFile:
     """`n_records` of `stride_bytes` each. Reads may come from several threads; writes from one, and not of what is
     being read."""
 
-    def __init__(self, path: Path, stride_bytes: int, n_records: int) -> None:
+    def __init__(self, path: Path, stride_bytes: int, n_records: int, methods: tuple[Method, ...] = METHODS) -> None:
         self.path, self.stride_bytes, self.n_records = path, stride_bytes, n_records
         self.checksums: Checksums = np.zeros(n_records, np.uint32)
         self.read_bytes = self.n_reads = 0
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self.is_direct = hasattr(os, "O_DIRECT")
         try:
-            self._fd = self._open(flags | getattr(os, "O_DIRECT", 0))
-            if self.is_direct and not self._probe():
-                os.close(self._fd)
-                self.is_direct = False
-                self._fd = self._open(flags)
+            self._file = UncachedFile(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, _SECTOR_BYTES, may_be_empty=True,
+                                      methods=methods)
         except OSError as error:
             raise KVStoreError(str(path), f"cannot be opened: {error.strerror}", "Name another --kv-store.") from error
-        _log.info("%s is read %s", path, "past the page cache" if self.is_direct else "through the page cache")
+        _log.info("%s is read by %s", path, self.method)
+
+    @property
+    def method(self) -> Method:
+        return self._file.method
 
     @classmethod
     def temporary(cls, directory: Path, stride_bytes: int, n_records: int) -> RecordFile:
@@ -68,25 +67,6 @@ class RecordFile:
         finally:
             Path(name).unlink(missing_ok=True)
 
-    def _open(self, flags: int) -> int:
-        try:
-            return os.open(self.path, flags, 0o600)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self.is_direct:
-                raise
-            self.is_direct = False  # the file system knows no O_DIRECT
-            return os.open(self.path, flags & ~getattr(os, "O_DIRECT", 0), 0o600)
-
-    def _probe(self) -> bool:
-        """Whether direct requests in steps of a sector are taken, as records lie."""
-        memory = np.zeros(3 * 4096, np.uint8)
-        start = -memory.ctypes.data % 4096 + _SECTOR_BYTES
-        try:
-            os.preadv(self._fd, [memory.data[start:start + _SECTOR_BYTES]], _SECTOR_BYTES)
-        except OSError:
-            return False
-        return True
-
     # -- writing -------------------------------------------------------------------------------------------------
     def write(self, start: int, rows: Sequence[memoryview]) -> None:
         """Records from `start` on, each of stride_bytes at a multiple of a sector. Raises KVStoreError, NoSpace."""
@@ -99,15 +79,16 @@ class RecordFile:
     def _write_run(self, start: int, rows: Sequence[memoryview]) -> None:
         offset, wanted = start * self.stride_bytes, len(rows) * self.stride_bytes
         try:
-            written = os.pwritev(self._fd, rows, offset)
+            written = self._file.write(rows, offset)
             if written < wanted:  # a full disk takes a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free_bytes = os.fstatvfs(self._fd).f_bavail * os.fstatvfs(self._fd).f_frsize
+                disk = os.fstatvfs(self._file.fd)
+                free_bytes = disk.f_bavail * disk.f_frsize
                 raise NoSpace(str(self.path.parent), wanted, free_bytes) from error
             raise KVStoreError(str(self.path), f"writing failed: {error.strerror}") from error
-        self._forget_cached(offset, wanted)
+        self._file.forget(offset, wanted)
 
     # -- reading -------------------------------------------------------------------------------------------------
     def read(self, positions: Positions, rows: Sequence[memoryview]) -> None:
@@ -124,31 +105,29 @@ class RecordFile:
     def _read_run(self, start: int, rows: Sequence[memoryview]) -> None:
         offset, wanted = start * self.stride_bytes, len(rows) * self.stride_bytes
         try:
-            n = os.preadv(self._fd, rows, offset)
+            n = self._file.read(rows, offset)
         except OSError as error:
             raise KVStoreError(str(self.path), f"reading failed: {error.strerror}") from error
         if n != wanted:
             raise KVStoreError(str(self.path), "the file has become shorter while it was in use")
-        self._forget_cached(offset, wanted)
+        self._file.forget(offset, wanted)
         self.read_bytes += n
         self.n_reads += 1
-
-    def _forget_cached(self, offset: int, n_bytes: int) -> None:
-        if not self.is_direct:
-            with contextlib.suppress(OSError, AttributeError):
-                os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """What was written is on the disk when this returns. Raises KVStoreError."""
         try:
-            os.fdatasync(self._fd)
+            os.fdatasync(self._file.fd)
         except OSError as error:
             raise KVStoreError(str(self.path), f"writing failed: {error.strerror}") from error
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
+
+
+def n_runs(positions: Positions) -> int:
+    """Requests that positions (rising) take: neighbours are one."""
+    return 0 if not len(positions) else 1 + int(np.count_nonzero(np.diff(positions) != 1))
 
 
 def checksum(record: memoryview, position: int) -> int:

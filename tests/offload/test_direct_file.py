@@ -14,11 +14,11 @@ import pytest
 from faulty_disk import FaultyDisk
 
 from edgert.errors import ModelFileError
+from edgert.uncached_file import METHODS, Method
 from offload.arena import Arena
-from offload.direct_file import ALIGN_BYTES, DirectFile, Method, forget_cached
+from offload.direct_file import ALIGN_BYTES, DirectFile, forget_cached
 from offload.readers import aligned_range
 
-METHODS: tuple[Method, ...] = ("direct", "dontcache", "buffered")
 SIZE_BYTES = 5 * ALIGN_BYTES + 1234  # does not end on a block
 
 

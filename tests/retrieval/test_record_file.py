@@ -39,13 +39,10 @@ def memory(records: Records) -> list[memoryview]:
     return [row.data for row in records.rows]
 
 
-@pytest.fixture(params=["direct", "buffered"])
-def file(request: pytest.FixtureRequest, tmp_path: Path, records: Records,
-         monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordFile]:
-    if request.param == "buffered":
-        monkeypatch.setattr(RecordFile, "_probe", lambda _: False)
-    opened = RecordFile(tmp_path / "records", SHAPE.stride_bytes, N)
-    assert request.param == "direct" or not opened.is_direct
+@pytest.fixture(params=[("direct", "buffered"), ("buffered",)])
+def file(request: pytest.FixtureRequest, tmp_path: Path, records: Records) -> Iterator[RecordFile]:
+    opened = RecordFile(tmp_path / "records", SHAPE.stride_bytes, N, request.param)
+    assert len(request.param) > 1 or opened.method == "buffered"
     opened.write(0, memory(records))
     yield opened
     opened.close()
