@@ -17,6 +17,7 @@ from edgert.architectures.base import Weights
 from edgert.engine.batch import Batch
 from edgert.engine.block_graph import Operation
 from edgert.engine.expert_graphs import Choice, PairInputs, pairs_at_once
+from edgert.engine.features import FeatureSink
 from edgert.engine.scratch import FfnParts, Memory, Scratch
 from edgert.ggml.abi import TYPE_F32
 from edgert.ggml.backend import Backend
@@ -35,8 +36,9 @@ class BlockState:
     partial results, so they put off nothing that another batch comes before.
     """
 
-    def __init__(self, graphs: BlockwiseGraphs, batch: Batch, *, is_only: bool) -> None:
-        self.batch, self._is_only = batch, is_only
+    def __init__(self, graphs: BlockwiseGraphs, batch: Batch, features: FeatureSink | None = None, *,
+                 is_only: bool) -> None:
+        self.batch, self._is_only, self._features = batch, is_only, features
         self._put_off: list[Operation] = []
         self._graphs, self._arch = graphs, graphs.arch
         context, n_rows = Context(4), max(batch.n_outputs, 1)
@@ -50,7 +52,7 @@ class BlockState:
         self._choice: Choice | None = None
         self._ffn_parts: FfnParts | None = None
         self._carried_layer, self._foreseen = -1, (-1, 0)
-        self.streams: list[NDArray[np.float32]] = []  # the kept features, each (n_tokens, hidden_size)
+        self._streams: list[NDArray[np.float32]] = []  # the kept features, each (n_tokens, hidden_size)
 
     @property
     def hidden(self) -> Tensor:
@@ -210,8 +212,12 @@ class BlockState:
         self._compute(self._arch.output, ("output",), w, [self._x], into)
 
     def keep_feature(self) -> None:
-        if not self._graphs.only_measures:
-            self.streams.append(Backend.array(self.hidden).reshape(self.batch.n_tokens, -1).copy())
+        if self._graphs.only_measures or self._features is None:
+            return
+        self._streams.append(Backend.array(self.hidden).reshape(self.batch.n_tokens, -1).copy())
+        if len(self._streams) == 1 + len(self._features.feature_layers):
+            self._features.take(self.batch, self._streams)
+            self._streams = []
 
     def read_logits(self) -> NDArray[np.float32] | None:
         if self.batch.n_outputs == 0:

@@ -59,12 +59,9 @@ class BlockwiseGraphs:
     def run(self, batches: list[Batch], forward: Callable[[list[State]], None],
             features: FeatureSink | None = None) -> NDArray[np.float32] | None:
         """Pass the batches through the model, layer by layer. Logits of the last batch, or None."""
-        states = [BlockState(self, batch, is_only=len(batches) == 1) for batch in batches]
+        states = [BlockState(self, batch, features, is_only=len(batches) == 1) for batch in batches]
         try:
             forward(list(states))
-            if features is not None:
-                for state in states:
-                    features.take(state.batch, state.streams)
             return states[-1].read_logits()
         finally:
             for state in states:

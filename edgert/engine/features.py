@@ -18,6 +18,7 @@ class FeatureSink(Protocol):
         ...
 
     def take(self, batch: Batch, streams: Sequence[NDArray[np.float32]]) -> None:
-        """The batch was computed: its embedding rows, then the stream after each layer in rising order, each
-        (n_tokens, hidden_size). Their memory is the next batch's: what is to last must be copied."""
+        """The batch's embedding rows, then the stream after each layer in rising order, each (n_tokens, hidden_size).
+        Called once they are all known: layers beyond may still have to be computed, and may fail. The memory is the
+        next computation's: what is to last must be copied."""
         ...

@@ -8,8 +8,7 @@ the partial result lie in memory of their own.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,9 +20,10 @@ from edgert.engine.batch import Batch
 from edgert.engine.collective import Collective
 from edgert.engine.fused import FusedState, Inputs, n_nodes
 from edgert.engine.kv_cache import KVCache
+from edgert.engine.parted import PartedStates
 from edgert.engine.scratch import Memory
 from edgert.ggml.abi import TYPE_F32
-from edgert.ggml.backend import Allocator, Backend
+from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Graph, Tensor
 
 # One for single tokens, one for guesses. Each holds a graph's headers (70 KiB) for every sum.
@@ -113,6 +113,10 @@ class SegmentState(FusedState):
         self._end()
         self.graph.close()
 
+    @property
+    def graphs(self) -> list[Graph]:
+        return [segment.graph for segment in self.segments]
+
     def read_logits(self) -> NDArray[np.float32]:
         """Of rank 0. Another rank has none, and gives zeros of its vocabulary of one token."""
         if self.logits_array is None:
@@ -132,50 +136,25 @@ class SegmentGraphs:
 
     def __init__(self, backend: Backend, arch: Architecture, kv: KVCache) -> None:
         self._backend, self._arch, self._kv = backend, arch, kv
-        self._allocator = Allocator(backend)
-        self._states: OrderedDict[tuple[int, int, int], SegmentState] = OrderedDict()
+        self._states = PartedStates[SegmentState](backend, _MAX_SHAPES)
 
     @property
     def compute_bytes(self) -> int:
-        return self._allocator.size_bytes
+        return self._states.compute_bytes
 
     def run(self, batch: Batch, build: Callable[[SegmentState], None], collective: Collective) -> NDArray[np.float32]:
         """Compute one batch together with the other ranks. Logits (n_outputs, vocab_size), valid until the next run."""
-        state = self._state(batch, build, collective)
+        def make() -> SegmentState:
+            state = SegmentState(self._backend, self._arch, self._kv, batch, collective.rank, collective.world_size)
+            build(state)
+            state.finish()
+            return state
+
+        state = self._states.get((batch.n_tokens, self._kv.bucket(batch), batch.n_outputs), make)
         state.inputs.write(self._kv, batch)
         for segment in state.segments:
             segment.run(self._backend, collective)
         return state.read_logits()
 
-    def _state(self, batch: Batch, build: Callable[[SegmentState], None], collective: Collective) -> SegmentState:
-        shape = (batch.n_tokens, self._kv.bucket(batch), batch.n_outputs)
-        state = self._states.get(shape)
-        if state is not None:
-            self._states.move_to_end(shape)
-            return state
-        while len(self._states) >= _MAX_SHAPES:
-            self._states.popitem(last=False)[1].close()
-        while state is None:
-            state = SegmentState(self._backend, self._arch, self._kv, batch, collective.rank, collective.world_size)
-            build(state)
-            state.finish()
-            if self._place(state.segments):  # a later graph has moved the buffer under the earlier ones: now it is
-                self._drop_all()             # large enough for all
-                state.close()
-                state = None
-        self._states[shape] = state
-        return state
-
-    def _place(self, segments: Sequence[Segment]) -> bool:
-        """Give every graph its memory. True when the buffer had to grow."""
-        grew = [self._allocator.alloc(segment.graph) for segment in segments]
-        return any(grew)
-
-    def _drop_all(self) -> None:
-        for state in self._states.values():
-            state.close()
-        self._states.clear()
-
     def close(self) -> None:
-        self._drop_all()
-        self._allocator.close()
+        self._states.close()
