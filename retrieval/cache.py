@@ -1,15 +1,20 @@
 """A KV cache of which a step attends to a part: the whole text in a cold tier, a set of tokens in the hot buffer.
 
 Up to `from_tokens` it is a dense cache, with a dense cache's results. Beyond, `select` says which tokens the next step
-needs and `bring` has them in the hot buffer; what the step has shown of its attention goes into the next set.
+needs and `bring` has them in the hot buffer. What a step shows of its attention goes into the next set, which
+`look_ahead` chooses and begins to fetch before the step has ended: it depends on no layer beyond the last that is
+observed or gives features, nor on the token that is sampled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -18,32 +23,28 @@ from numpy.typing import NDArray
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.batch import Batch
 from edgert.engine.kv_cache import DenseKVCache, KVGraph
-from edgert.errors import ContextOverflow
-from edgert.ggml.backend import Backend
+from edgert.errors import ContextOverflow, KVStoreError
+from edgert.ggml.backend import Backend, Cancelled
 from edgert.ggml.graph import Context, Tensor
-from retrieval.cold import ColdTier, DenseTier
+from retrieval.choosing import Chooser, observed_layers
+from retrieval.cold import ColdTier, DenseTier, Fetch
 from retrieval.graph import Observation
 from retrieval.hot import HotKVCache, slots_for
 from retrieval.masked import MaskedKVCache
 from retrieval.records import Records
-from retrieval.selection import Policy, Selection, Survivors, select
+from retrieval.selection import Policy, Selection, Survivors
 from retrieval.selectors import PAGE_TOKENS, Halves, Selector
 from retrieval.staged import LayerFile, StagedKVCache, from_records, in_blocks, record_blocks, to_records
 from retrieval.store import DiskTier
+from retrieval.workers import Workers, wait_for
 
 Floats = NDArray[np.float32]
 Positions = NDArray[np.int64]
-# Layers whose attention is observed: the more, the better the survivors; three cost 1 % of a step.
-_N_OBSERVED = 3
-# A step that looks at everything costs a dense step, four or five others at 8k tokens: at most one of so many.
-_FULL_EVERY = 64
 
 
-def observed_layers(hp: Hyperparameters) -> frozenset[int]:
-    """A few of the layers that see everything, evenly spread."""
-    full = [layer for layer in range(hp.n_layers) if layer not in hp.window_layers]
-    n = min(_N_OBSERVED, len(full))
-    return frozenset(full[(2 * i + 1) * len(full) // (2 * n)] for i in range(n))
+# Before a text is too long to be attended whole: so many of its last steps write what the disk is to hold, and the last
+# few are observed and bring tokens into the hot buffer.
+APPROACH_TOKENS, APPROACH_SETS = 128, 4
 
 
 @dataclass(slots=True)
@@ -54,10 +55,24 @@ class Counts:
     n_whole: int = 0  # steps that looked at everything
     n_selected: int = 0
     n_fetched: int = 0
+    n_late: int = 0  # were not there when the step's first layer was to begin
     n_reads: int = 0
     read_bytes: int = 0
     select_s: float = 0.0
     fetch_s: float = 0.0
+    aside_s: float = 0.0  # choosing beside the step before
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What a step lets know of the one after it, which begins at token `start`: its survivors, its set, and of that the
+    `missing` positions that are being fetched."""
+
+    start: int
+    survivors: Survivors
+    chosen: Selection | None
+    missing: Positions
+    fetch: Fetch | None
 
 
 class RetrievedKVCache:
@@ -73,41 +88,78 @@ class RetrievedKVCache:
         self.from_tokens = max(from_tokens, policy.budget)
         if self.from_tokens > dense.context_length and disk is not None:
             raise AssertionError(f"{self.from_tokens} tokens stay in memory, which holds {dense.context_length}")
-        self.selector, self.policy, self.counts = selector, policy, Counts()
+        self.chooser, self.counts = Chooser(selector, policy, can_look_around=disk is None), Counts()
         self.dense, self.disk, self._backend, self._hp = dense, disk, backend, hp
         self._near = DenseTier(dense)
         self.whole = MaskedKVCache(dense, hp, observed) if disk is None else None
         self.hot = HotKVCache(backend, hp, self.context_length, n_slots, observed)
         self.cold: ColdTier = self._near if disk is None else disk
         self.length = 0
-        self._survivors: Survivors | None = None
         self.n_attended: int | None = None  # by the last step, its own tokens apart; None for all of them
-        self._n_since_whole = _FULL_EVERY
+        self._aside, self._ahead = Workers(1, "kv-ahead"), list[Future[None]]()
+        self._foreseen: Foreseen | None = None
 
     def begin(self) -> None:
         """A request begins: what the one before has shown is no longer used, so that an answer depends on the text
         alone, and not on whether it went on or was brought back from disk."""
-        self._survivors, self._n_since_whole = None, _FULL_EVERY
+        self._settle()
+        self.chooser.forget()
         self.hot.truncate(0)
 
-    # -- choosing ------------------------------------------------------------------------------------------------
+    @property
+    def selector(self) -> Selector:
+        return self.chooser.selector
+
+    @property
+    def policy(self) -> Policy:
+        return self.chooser.policy
+
+    # -- a step --------------------------------------------------------------------------------------------------
     def select(self, batch: Batch) -> Selection | None:
         """The set for this step; None where it should look at everything."""
-        scores = self.selector.scores(batch.start)
-        self._n_since_whole += 1
-        if scores is None and self.whole is not None:
+        foreseen, chooser = self._seen_ahead(), self.chooser
+        if foreseen is not None and foreseen.start == batch.start:
+            return chooser.trusted(foreseen.chosen)
+        return chooser.trusted(chooser.choose(batch.start, chooser.survivors))
+
+    @property
+    def foresight_layers(self) -> frozenset[int] | None:
+        """Layers with features such that, behind the last of them, the next set can be chosen. None where that takes
+        the last layer."""
+        last = max(self._observed_layers)
+        layers = self.feature_layers
+        if last >= self._hp.n_layers - 1:
             return None
-        chosen = select(np.zeros(batch.start, np.float32) if scores is None else scores, self._survivors, self.policy)
-        looks_around = self.whole is not None and not chosen.is_sure and self._n_since_whole >= _FULL_EVERY
-        return None if looks_around else chosen
+        return layers if max(layers, default=-1) >= last else layers | {last}
+
+    def look_ahead(self, batch: Batch, chosen: Selection) -> None:
+        """A step over `chosen` is computed as far as `foresight_layers`: begin to fetch what the next one lacks, by a
+        thread beside the step, which touches neither cache nor selector before it commits."""
+        self._ahead = [self._aside.submit(partial(self._look_ahead, batch, chosen))]
+
+    def _look_ahead(self, batch: Batch, chosen: Selection) -> None:
+        begin_s = perf_counter()
+        survivors = self._seen_of_a_step(batch, chosen)
+        following = self.chooser.choose(batch.end, survivors)
+        missing, fetch = np.zeros(0, np.int64), None
+        if following is not None:
+            missing, slots = self.hot.look_ahead(following.positions)
+            fetch = self._start_fetch(slots, missing)
+        self._foreseen = Foreseen(batch.end, survivors, following, missing, fetch)
+        self.counts.aside_s += perf_counter() - begin_s
+
+    def _seen_ahead(self) -> Foreseen | None:
+        """What the last step has let know of the one after it."""
+        wait_for(self._ahead)
+        return self._foreseen
 
     def bring(self, chosen: Selection, batch: Batch) -> None:
         """Have the set in the hot buffer, by exchanging what differs from the one before."""
+        n_late = self._settle(batch.start)
         self._spill(batch.start)
         assignment = self.hot.prepare(chosen.positions, batch)
-        before = (self.disk.n_reads, self.disk.read_bytes) if self.disk is not None else (0, 0)
         try:
-            self.cold.fetch(self.hot.records, assignment.missing_slots, assignment.missing)
+            self._start_fetch(assignment.missing_slots, assignment.missing).wait()
         except BaseException:
             self.hot.slots.drop(assignment.missing)
             raise
@@ -116,21 +168,41 @@ class RetrievedKVCache:
             self.cold.fetch(self.hot.ring, in_window % self.hot.ring.n_rows, in_window)
             self.hot.fill_ring(in_window)
         self.n_attended = len(chosen.positions)
-        self.counts.n_fetched += len(assignment.missing)
-        if self.disk is not None:
-            self.counts.n_reads += self.disk.n_reads - before[0]
-            self.counts.read_bytes += self.disk.read_bytes - before[1]
+        self.counts.n_late += len(assignment.missing) + n_late
+
+    def _start_fetch(self, slots: Positions, positions: Positions) -> Fetch:
+        fetch = self.cold.start_fetch(self.hot.records, slots, positions)
+        self.counts.n_fetched += len(positions)
+        self.counts.n_reads += fetch.n_reads
+        self.counts.read_bytes += fetch.read_bytes
+        return fetch
+
+    def _settle(self, start: int | None = None) -> int:
+        """Nothing is on its way any more: how many rows were. Raises what became of those that a step from `start` on
+        was to have; rows that did not come for another have no slot."""
+        foreseen, self._foreseen = self._seen_ahead(), None
+        if foreseen is None or foreseen.fetch is None:
+            return 0
+        n_to_come = foreseen.fetch.n_to_come
+        try:
+            foreseen.fetch.wait()
+        except BaseException as error:
+            self.hot.slots.drop(foreseen.missing)
+            if foreseen.start == start or not isinstance(error, (KVStoreError, Cancelled)):
+                raise
+        return n_to_come
 
     def commit_step(self, batch: Batch, chosen: Selection | None) -> None:
         """The step was computed, over the hot buffer or, without a set, over everything."""
         if chosen is None:
             assert self.whole is not None  # `select` gave no set
             self.commit(batch)
-            everything = np.arange(batch.end, dtype=np.int64)
-            self._observed(everything, everything, self.whole.observations(), batch.end)
-            self._n_since_whole, self.n_attended = 0, None
+            self._see_everything(batch.end, self.whole.observations())
+            self.chooser.looked_around()
+            self.n_attended = None
             self.counts.n_whole += 1
             return
+        foreseen = self._seen_ahead()
         new = np.arange(batch.start, batch.end, dtype=np.int64)
         self.cold.keep(self.hot.records, self.hot.slots.where(new), new)
         if self.hot.ring is not None:
@@ -140,24 +212,17 @@ class RetrievedKVCache:
             self.dense.commit(batch)
         self._show_keys(new, self.hot.slots.where(new))
         self.length = batch.end
-        positions = np.concatenate([chosen.positions, new])
-        self._observed(positions, self.hot.slots.where(positions), self.hot.observations(), batch.end)
+        self.chooser.survivors = foreseen.survivors if foreseen else self._seen_of_a_step(batch, chosen)
         self.counts.n_steps += 1
         self.counts.n_selected += len(chosen.positions)
 
-    def _observed(self, positions: Positions, cells: Positions, observations: Sequence[Observation],
-                  end: int) -> None:
-        """Who got attention survives; where nothing was observed, what was selected does, all alike."""
-        if observations:
-            attention = np.mean([one.attention.mean(0) + one.attention.max(0) for one in observations], axis=0)[cells]
-            self.selector.saw(end - 1, observations)
-        else:
-            attention = np.ones(len(positions), np.float32)
-        n_most = 2 * self.policy.budget
-        if len(positions) > n_most:
-            best = np.sort(np.argpartition(attention, len(attention) - n_most)[-n_most:])
-            positions, attention = positions[best], attention[best]
-        self._survivors = Survivors(positions, attention.astype(np.float32))
+    def _seen_of_a_step(self, batch: Batch, chosen: Selection) -> Survivors:
+        positions = np.concatenate([chosen.positions, np.arange(batch.start, batch.end, dtype=np.int64)])
+        return self.chooser.surviving(positions, self.hot.slots.where(positions), self.hot.observations())
+
+    def _see_everything(self, end: int, observations: Sequence[Observation]) -> None:
+        positions = np.arange(end, dtype=np.int64)
+        self.chooser.survivors = self.chooser.surviving(positions, positions, observations)
 
     def _show_keys(self, positions: Positions, rows: Positions) -> None:
         """A selector sees the keys of new tokens, which lie in these rows of the hot buffer."""
@@ -178,13 +243,36 @@ class RetrievedKVCache:
             self.cold.truncate(end)  # a step that was stopped after its token was kept
         if self.disk is None or self.cold.n_tokens == end:
             return
-        start = self.cold.n_tokens
-        with record_blocks(self._backend, self._hp) as blocks:
-            for records, first, n in in_blocks(blocks, start, end):
-                self._near.fetch(records, np.arange(n, dtype=np.int64), np.arange(first, first + n, dtype=np.int64))
-                self.cold.write_through(records, first, n)
+        self._keep_cold(end)
         self.dense.truncate(0)
         self.dense.give_back()
+
+    def _keep_cold(self, end: int) -> None:
+        """The first `end` tokens, which the dense cache holds, are in the cold tier too."""
+        with record_blocks(self._backend, self._hp) as blocks:
+            for records, first, n in in_blocks(blocks, self.cold.n_tokens, end):
+                self._near.fetch(records, np.arange(n, dtype=np.int64), np.arange(first, first + n, dtype=np.int64))
+                self.cold.write_through(records, first, n)
+
+    def approach(self, end: int, *, at_once: bool) -> None:
+        """A text of `end` tokens, attended whole, will soon be longer than that: bring what the first step over a set
+        needs where it needs it, some with each step, so that none takes much longer than the others."""
+        n_left = self.from_tokens - end
+        if n_left >= APPROACH_TOKENS or self.context_length <= self.from_tokens:
+            return
+        if self.disk is not None:
+            n = end - self.cold.n_tokens
+            self._keep_cold(self.cold.n_tokens + (n if at_once else -(-n // (n_left + 1))))
+        if n_left < APPROACH_SETS:
+            self._settle()
+            self._ahead = [self._aside.submit(partial(self._bring_near, end))]
+
+    def _bring_near(self, end: int) -> None:
+        """Beside a step that attends to everything: have what one over a set would attend to in the hot buffer."""
+        following = self.chooser.choose(end, self.chooser.survivors)
+        if following is not None:
+            missing, slots = self.hot.look_ahead(following.positions)
+            self._near.fetch(self.hot.records, slots, missing)
 
     def gather(self, end: int) -> None:
         """Have the first `end` tokens in the dense cache, which has room for them."""
@@ -220,6 +308,7 @@ class RetrievedKVCache:
     def staging(self, directory: Path, start: int, end: int) -> Iterator[StagedKVCache]:
         """A cache for a prompt from `start` to `end`, one layer at a time. Its tokens are kept once the block ends."""
         assert self.disk is not None
+        self._settle()
         self._spill(start)
         file = LayerFile(directory, self._hp, end)
         with record_blocks(self._backend, self._hp) as blocks, closing(file):
@@ -231,7 +320,7 @@ class RetrievedKVCache:
             to_records(file, self.cold, blocks, start, end)
         self.length, self.n_attended = end, None
         if observations:
-            self._observed(np.arange(end, dtype=np.int64), np.arange(end, dtype=np.int64), observations, end)
+            self._see_everything(end, observations)
 
     def _staged_keys(self, layer: int, start: int, keys: Halves) -> None:
         if layer in self.selector.key_layers:
@@ -284,11 +373,10 @@ class RetrievedKVCache:
 
     def truncate(self, n_tokens: int) -> None:
         if n_tokens < self.length:
+            self._settle()
             self.hot.truncate(n_tokens)
             self.cold.truncate(n_tokens)
-            if self._survivors is not None:
-                kept = self._survivors.positions < n_tokens
-                self._survivors = Survivors(self._survivors.positions[kept], self._survivors.attention[kept])
+            self.chooser.truncate(n_tokens)
             self._show_page_again(n_tokens)
         self.dense.truncate(n_tokens)
         self.length = min(self.length, n_tokens)
@@ -313,6 +401,7 @@ class RetrievedKVCache:
         self.dense.give_back()
 
     def close(self) -> None:
-        self.cold.close()
-        self.hot.close()
+        is_quiet = self._aside.close()
+        if self.cold.close() and is_quiet:
+            self.hot.close()
         self.dense.close()

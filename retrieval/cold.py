@@ -1,8 +1,8 @@
 """Where the keys and values of every token lie, and how a step's come into the hot buffer.
 
 Contract of a cold tier: `fetch` fills rows of records with those of positions that were kept, and returns when they are
-there; `keep` takes the rows of new tokens; `truncate` forgets. Here the tier that costs nothing: a dense cache whose
-memory there is. retrieval/store.py has the one on disk.
+there; `start_fetch` returns before; `keep` takes the rows of new tokens; `truncate` forgets. Here the tier that costs
+nothing: a dense cache whose memory there is. retrieval/store.py has the one on disk.
 """
 
 from __future__ import annotations
@@ -17,6 +17,22 @@ from edgert.ggml.backend import Backend
 from retrieval.records import Halves, Records
 
 Positions = NDArray[np.int64]
+
+
+class Fetch(Protocol):
+    """Rows on their way."""
+
+    n_reads: int  # of the disk
+    read_bytes: int
+
+    @property
+    def n_to_come(self) -> int:
+        """How many are not there yet."""
+        ...
+
+    def wait(self) -> None:
+        """Until nothing writes to the rows any more. Raises as `ColdTier.fetch`."""
+        ...
 
 
 class ColdTier(Protocol):
@@ -35,6 +51,10 @@ class ColdTier(Protocol):
         what cannot be read or is damaged; the rows' content is then undefined."""
         ...
 
+    def start_fetch(self, records: Records, rows: Positions, positions: Positions) -> Fetch:
+        """As `fetch`, which is this and a wait. Nothing is truncated before that."""
+        ...
+
     def keep(self, records: Records, rows: Positions, positions: Positions) -> None:
         """The tokens at `positions`, the next ones in order, are in these rows."""
         ...
@@ -45,7 +65,16 @@ class ColdTier(Protocol):
 
     def truncate(self, n_tokens: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> bool:
+        """False where, past a deadline, something still fetches: the records that it fills must then stay."""
+        ...
+
+
+class _Arrived:
+    n_reads = read_bytes = n_to_come = 0
+
+    def wait(self) -> None:
+        """They are there."""
 
 
 class DenseTier:
@@ -70,6 +99,10 @@ class DenseTier:
             values[rows, index, 0] = self._k[layer][positions]
             values[rows, index, 1] = self._v[layer][positions]
 
+    def start_fetch(self, records: Records, rows: Positions, positions: Positions) -> Fetch:
+        self.fetch(records, rows, positions)
+        return _Arrived()
+
     def keep(self, records: Records, rows: Positions, positions: Positions) -> None:
         values = records.values()
         for index, layer in enumerate(records.shape.layers):
@@ -86,5 +119,6 @@ class DenseTier:
     def truncate(self, n_tokens: int) -> None:
         """The dense cache does that."""
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """The memory is the dense cache's."""
+        return True

@@ -1,13 +1,15 @@
 """The engine with a cache of which steps attend to a part.
 
 Prompts are attended densely, and a short text is computed as by any engine. A step over a long one first chooses its
-tokens, has them in the hot buffer, and computes over that; where the choice is not to be trusted, over everything.
+tokens, has them in the hot buffer, and computes over that; where the choice is not to be trusted, over everything. Of a
+step over a set, the next one's is chosen and fetched before the last layers are computed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,18 +21,39 @@ from edgert.architectures.base import Architecture
 from edgert.engine.batch import Batch
 from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.engine import Engine, forward
+from edgert.engine.features import FeatureSink
 from edgert.engine.fused import FusedGraphs, State
 from edgert.engine.kv_cache import KVCache
+from edgert.engine.parted import PartedGraphs
 from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import WeightSource
 from edgert.errors import KVStoreError
 from edgert.ggml.backend import Backend
-from retrieval.cache import RetrievedKVCache
+from retrieval.cache import APPROACH_SETS, APPROACH_TOKENS, RetrievedKVCache
 from retrieval.hot import MAX_STEP_TOKENS
+from retrieval.selection import Selection
 from retrieval.sizes import PASSING_TOKENS
 
 Logits = NDArray[np.float32]
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """Takes the features of a step over the set `chosen`, and begins to fetch the next one's tokens."""
+
+    kv: RetrievedKVCache
+    chosen: Selection
+
+    @property
+    def feature_layers(self) -> frozenset[int]:
+        return self.kv.foresight_layers or frozenset()
+
+    def take(self, batch: Batch, streams: Sequence[Logits]) -> None:
+        begin_s = perf_counter()
+        self.kv.take(batch, streams[:1 + len(self.kv.feature_layers)])  # the last may only mark the place
+        self.kv.look_ahead(batch, self.chosen)
+        self.kv.counts.select_s += perf_counter() - begin_s
 
 
 class RetrievalEngine(Engine):
@@ -42,9 +65,9 @@ class RetrievalEngine(Engine):
         super().__init__(arch, weights, kv, backend, batch_size=batch_size, fused=fused, graphs=graphs, trace=trace,
                          features=features, between_steps=between_steps)
         self._retrieved, self._store = kv, store  # the directory of files that prompts need
-        kind = FusedGraphs if isinstance(self._graphs, FusedGraphs) else BlockwiseGraphs
-        self._hot_graphs = kind(backend, arch, kv.hot)
-        self._whole_graphs = kind(backend, arch, kv.whole or kv.hot)
+        is_fused = isinstance(self._graphs, FusedGraphs)
+        self._hot_graphs = (PartedGraphs if is_fused else BlockwiseGraphs)(backend, arch, kv.hot)
+        self._whole_graphs = (FusedGraphs if is_fused else BlockwiseGraphs)(backend, arch, kv.whole or kv.hot)
         self._token_ids: list[int] = []
         self._begins = True  # a request's first tokens are its prompt, however few
 
@@ -61,7 +84,7 @@ class RetrievalEngine(Engine):
         return {**super().plan(), "kv": {
             "tier": "memory" if kv.disk is None else "disk", "budget": kv.policy.budget, "from_tokens": kv.from_tokens,
             "selector": kv.selector.name, "steps": kv.counts.n_steps, "steps_over_everything": kv.counts.n_whole,
-            "selected": kv.counts.n_selected, "fetched": kv.counts.n_fetched,
+            "selected": kv.counts.n_selected, "fetched": kv.counts.n_fetched, "late": kv.counts.n_late,
             "read_bytes": kv.counts.read_bytes, "reads": kv.counts.n_reads,
             "select_ms": round(kv.counts.select_s * 1000, 3), "fetch_ms": round(kv.counts.fetch_s * 1000, 3)}}
 
@@ -85,7 +108,11 @@ class RetrievalEngine(Engine):
         is_prompt, self._begins = self._begins or end - start > MAX_STEP_TOKENS, False
         if end <= kv.from_tokens:
             kv.gather(start)
-            return super()._run(batches)
+            grows = kv.context_length > kv.from_tokens and not is_prompt
+            is_seen = grows and kv.whole is not None and end > kv.from_tokens - APPROACH_SETS
+            logits = self._look_at_everything(batches[0]) if is_seen else super()._run(batches)
+            self._approach(end, is_prompt)
+            return logits
         if not is_prompt:
             return self._attend_to_a_set(batches[0])
         *before, last = _last_token_apart(batches)
@@ -99,6 +126,20 @@ class RetrievalEngine(Engine):
         self._begins = True
         self._retrieved.begin()
 
+    def _approach(self, end: int, is_prompt: bool) -> None:
+        """Do now what the first steps over a set would have to do all at once."""
+        kv = self._retrieved
+        kv.approach(end, at_once=is_prompt)
+        is_near = kv.from_tokens - end < APPROACH_TOKENS and kv.context_length > kv.from_tokens
+        if is_near and isinstance(self._hot_graphs, PartedGraphs):
+            sink = self._sink(Selection(np.zeros(0, np.int64), 1.0, True))
+            step = Batch(np.zeros(1, np.int32), kv.from_tokens, 1)
+            self._hot_graphs.reserve(step, self._through(kv.hot, sink), sink)
+
+    def _sink(self, chosen: Selection) -> FeatureSink | None:
+        kv = self._retrieved
+        return self._features if kv.foresight_layers is None else Foresight(kv, chosen)
+
     def _prefill_by_layer(self, batches: list[Batch]) -> Logits | None:
         """A prompt, some thousand tokens after the other, with one layer's keys and values in memory."""
         kv, start, end = self._retrieved, batches[0].start, batches[-1].end
@@ -109,7 +150,7 @@ class RetrievalEngine(Engine):
                 for some in _at_once(batches, PASSING_TOKENS["resident" if self.weights.resident else "streamed"]):
                     staged.start, staged.end = some[0].start, some[-1].end
                     with self._trace.span(f"prefill {staged.end - staged.start} layer by layer", "compute"):
-                        logits = self._pass(some, graphs, staged)
+                        logits = self._pass(some, graphs, staged, self._features)
                 if logits is not None:
                     logits = logits.copy()  # the graphs go
             finally:
@@ -129,8 +170,10 @@ class RetrievalEngine(Engine):
             kv.bring(chosen, batch)
         kv.counts.fetch_s += perf_counter() - begin_s
         with self._trace.span(f"step over {len(chosen.positions)}", "compute"):
-            logits = self._pass([batch], self._hot_graphs, kv.hot)
+            logits = self._pass([batch], self._hot_graphs, kv.hot, self._sink(chosen))
+        begin_s = perf_counter()
         kv.commit_step(batch, chosen)
+        kv.counts.select_s += perf_counter() - begin_s
         self._trace.count("retrieval", selected=len(chosen.positions), fetched=kv.counts.n_fetched)
         return logits
 
@@ -138,17 +181,19 @@ class RetrievalEngine(Engine):
         kv = self._retrieved
         assert kv.whole is not None  # `select` gives no set only then
         with self._trace.span(f"step over everything {batch.n_tokens}", "compute"):
-            logits = self._pass([batch], self._whole_graphs, kv.whole)
+            logits = self._pass([batch], self._whole_graphs, kv.whole, self._features)
         kv.commit_step(batch, None)
         return logits
 
-    def _pass(self, batches: list[Batch], graphs: FusedGraphs | BlockwiseGraphs, kv: KVCache) -> Logits | None:
-        def through(states: Sequence[State]) -> None:
-            forward(states, self.arch, self.weights, kv, self.collective, self._features)
-
+    def _pass(self, batches: list[Batch], graphs: FusedGraphs | PartedGraphs | BlockwiseGraphs, kv: KVCache,
+              features: FeatureSink | None) -> Logits | None:
+        through = self._through(kv, features)
         if isinstance(graphs, BlockwiseGraphs):
-            return graphs.run(graphs.in_parts(batches), through, self._features)
-        return graphs.run(batches[0], through, self._features)
+            return graphs.run(graphs.in_parts(batches), through, features)
+        return graphs.run(batches[0], through, features)
+
+    def _through(self, kv: KVCache, features: FeatureSink | None) -> Callable[[Sequence[State]], None]:
+        return lambda states: forward(states, self.arch, self.weights, kv, self.collective, features)
 
     def close(self) -> None:
         self._hot_graphs.close()

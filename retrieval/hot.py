@@ -79,6 +79,10 @@ class HotKVCache:
         self._assignment = self.slots.assign(selected, batch.start, batch.n_tokens)
         return self._assignment
 
+    def look_ahead(self, selected: Positions) -> tuple[Positions, Positions]:
+        """While a step computes: positions that the next one over `selected` lacks, and slots that may be filled."""
+        return self.slots.look_ahead(selected)
+
     def missing_in_ring(self, start: int) -> Positions:
         """Positions before `start` that a windowed layer will see and that the ring does not hold."""
         if self.ring is None:

@@ -37,6 +37,10 @@ class Policy:
     fade: float = 0.8
     """A token that a survivor brings counts so much less for each step away: a strong one brings many, a weak one
     itself."""
+    hold: float = 2.0
+    """A token of the set before counts by so much more than its score, so that what is about as good is not exchanged.
+    (SmolLM2's head at 2.3k, a set of 512 to 640, 40 tokens: with 0, 1, 2 and 4 a step reads 2.9, 0.8, 0.3 and 0.1 MB,
+    and the KL is 0.030, 0.033, 0.027 and 0.014; the more, the later a token that is new gets in.)"""
     least_mass: float = 0.8
     """The head is sure of a set that holds this share of its own distribution."""
 
@@ -75,10 +79,12 @@ def select(scores: Floats, survivors: Survivors | None, policy: Policy) -> Selec
         return Selection(np.arange(n_tokens, dtype=np.int64), 1.0, True)
     first, end = policy.n_sinks, n_tokens - policy.n_recent
     candidates = np.where(np.isnan(scores[first:end]), _NEVER, scores[first:end])
-    weights = _softmax(candidates)
+    weights = _softmax(candidates)  # of the head alone
     chosen = np.zeros(end - first, bool)
     room = policy.budget - policy.n_sinks - policy.n_recent
     if survivors is not None:
+        held = survivors.positions[(survivors.positions >= first) & (survivors.positions < end)]
+        candidates[held - first] += np.float32(policy.hold)
         chosen[_widened(survivors, policy, first, end, int(room * policy.survivor_share))] = True
     chosen[_best(candidates, ~chosen, room - int(np.count_nonzero(chosen)))] = True
     mass = float(weights[chosen].sum())

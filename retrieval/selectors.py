@@ -17,7 +17,8 @@ from edgert.engine.retrieval_head import Floats, RetrievalHead, features_of
 from retrieval.graph import Observation
 
 PAGE_TOKENS = 16
-# A step's tokens: after guesses that were wrong, the query is that of the last right one.
+# A step's tokens, and as many before: after guesses that were wrong, the query is that of the last right one; after a
+# step that failed, of the one before it.
 _MAX_QUERIES = 16
 Halves = NDArray[np.float16]
 
@@ -94,8 +95,9 @@ class HeadSelector:
         positions = np.arange(start, start + len(features), dtype=np.int64)
         self._keys[:, positions] = self._head.project_keys(features, positions).swapaxes(0, 1)
         last = positions[-_MAX_QUERIES:]
-        self._queries = dict(zip(last.tolist(), self._head.project_queries(features[-_MAX_QUERIES:], last),
-                                 strict=True))
+        kept = {position: query for position, query in self._queries.items() if -_MAX_QUERIES <= position - start < 0}
+        self._queries = kept | dict(zip(last.tolist(), self._head.project_queries(features[-_MAX_QUERIES:], last),
+                                        strict=True))
 
     def add_keys(self, start: int, keys: Mapping[int, Halves]) -> None:
         """It reads none."""

@@ -7,7 +7,7 @@ from typing import Literal
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.retrieval_head import RetrievalHead
 from edgert.memory.kv import KVSizes
-from retrieval.cache import observed_layers
+from retrieval.choosing import observed_layers
 from retrieval.hot import ring_rows, slots_for
 from retrieval.records import RecordShape
 from retrieval.selection import Policy

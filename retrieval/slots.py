@@ -58,6 +58,17 @@ class Slots:
         self._put(np.concatenate([missing, new]), taken)
         return Assignment(self.where(selected), self.where(new), missing, taken[:len(missing)])
 
+    def look_ahead(self, selected: Positions) -> tuple[Positions, Positions]:
+        """What the step after the running one lacks of `selected`, and slots for it: none that the running step reads,
+        so it may be less than all."""
+        found = self._slot_of[selected]
+        self._last_use[found[found >= 0]] = self._step
+        n_free = int(np.count_nonzero(self._last_use < self._step))
+        missing = selected[found < 0][:n_free]
+        taken = self._take(len(missing))
+        self._put(missing, taken)
+        return missing, taken
+
     def _take(self, n: int) -> Positions:
         """The `n` slots that were used longest ago, emptied."""
         order = np.argpartition(self._last_use, n - 1)[:n] if 0 < n < self.n_slots else np.arange(n)

@@ -18,9 +18,10 @@ from edgert.engine.resident import ResidentWeights
 from edgert.engine.retrieval_head import Floats, Positions
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
-from retrieval.cache import RetrievedKVCache, observed_layers
+from retrieval.cache import RetrievedKVCache
+from retrieval.choosing import observed_layers
 from retrieval.engine import RetrievalEngine
-from retrieval.selection import Policy
+from retrieval.selection import Policy, Selection, Survivors
 from retrieval.selectors import HeadSelector, PageSelector, Selector
 from retrieval.store import DiskTier, temporary_files
 
@@ -96,3 +97,13 @@ def answer(engine: Engine, prompt: list[int], n_tokens: int) -> Floats:
 
 def random_tokens(n_tokens: int, seed: int = 0) -> list[int]:
     return [int(one) for one in np.random.default_rng(seed).integers(0, 300, n_tokens)]
+
+
+def share_sets(near: RetrievalEngine, far: RetrievalEngine) -> None:
+    """Let both attend to the same sets, which move through the text."""
+    def choose(n_tokens: int, survivors: Survivors | None) -> Selection:
+        rng = np.random.default_rng(n_tokens)
+        recent = np.arange(n_tokens - 20, n_tokens)
+        return Selection(np.unique([0, 1, *rng.choice(n_tokens, 40), *recent]).astype(np.int64), 1.0, True)
+
+    near._retrieved.chooser.choose = far._retrieved.chooser.choose = choose  # type: ignore[method-assign]

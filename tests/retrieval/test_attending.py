@@ -16,6 +16,7 @@ from retrieving import (
     open_retrieving,
     page_selector,
     random_tokens,
+    share_sets,
 )
 
 from edgert.architectures.base import Hyperparameters
@@ -26,11 +27,10 @@ from edgert.ggml.abi import TYPE_F32
 from edgert.ggml.backend import Allocator, Backend, Cancelled
 from edgert.ggml.graph import Graph, Rope, Tensor
 from retrieval.cold import DenseTier
-from retrieval.engine import RetrievalEngine
 from retrieval.graph import SelectiveKVGraph
 from retrieval.hot import HotKVCache
 from retrieval.masked import MaskedKVCache
-from retrieval.selection import Policy, Selection
+from retrieval.selection import Policy
 from retrieval.selectors import HeadSelector
 
 TinyModel = Callable[..., Path]
@@ -146,16 +146,6 @@ def test_on_disk_and_in_memory_the_same_sets_give_the_same_logits(tiny_model: Ti
         assert near._retrieved.counts.n_fetched == far._retrieved.counts.n_fetched > N_DECODE
 
 
-def share_sets(near: RetrievalEngine, far: RetrievalEngine) -> None:
-    """Let both attend to the same sets, which move through the text."""
-    def select(batch: Batch) -> Selection:
-        rng = np.random.default_rng(batch.start)
-        recent = np.arange(batch.start - 20, batch.start)
-        return Selection(np.unique([0, 1, *rng.choice(batch.start, 40), *recent]).astype(np.int64), 1.0, True)
-
-    near._retrieved.select = far._retrieved.select = select  # type: ignore[method-assign]
-
-
 @SELECTORS
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_steps_attend_to_no_more_than_their_budget_and_fetch_only_what_differs(tiny_model: TinyModel, tmp_path: Path,
@@ -257,7 +247,7 @@ def test_what_is_observed_is_the_attention_that_was_computed(tiny_model: TinyMod
     for store, fused in ((None, True), (None, False), (tmp_path, True)):
         with open_retrieving(path, store, selector=page_selector, fused=fused) as engine:
             answer(engine, prompt, 0)
-            survivors = engine._retrieved._survivors
+            survivors = engine._retrieved.chooser.survivors
             assert survivors is not None
             seen.append(dict(zip(survivors.positions.tolist(), survivors.attention.tolist(), strict=True)))
     assert {*seen[0]} == {*seen[1]} == {*seen[2]}
@@ -265,3 +255,18 @@ def test_what_is_observed_is_the_attention_that_was_computed(tiny_model: TinyMod
         assert seen[1][position] == pytest.approx(attention, abs=0.02)
         assert seen[2][position] == pytest.approx(attention, abs=0.02)
     assert max(seen[0].values()) > 0.05
+
+
+@ARCHITECTURES
+@SELECTORS
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_text_that_grows_to_its_threshold_is_attended_whole_to_the_last_token(
+        tiny_model: TinyModel, tmp_path: Path, architecture: str, selector: Any, on_disk: bool) -> None:
+    path, prompt, store = tiny_model(architecture), random_tokens(FROM_TOKENS - 150), tmp_path if on_disk else None
+    with open_dense(path) as dense, open_retrieving(path, store, selector=selector) as sparse:
+        assert np.array_equal(answer(dense, prompt, 150), answer(sparse, prompt, 150))
+        kv = sparse._retrieved
+        if on_disk:
+            assert kv.cold.n_tokens == FROM_TOKENS, "the step beyond has nothing left to write"
+        answer(sparse, [5], 2)
+        assert sparse.selected_tokens is not None

@@ -29,7 +29,7 @@ def is_well_formed(chosen: Selection, n_tokens: int) -> bool:
        n_survivors=st.integers(0, 60), spread=st.sampled_from([0.0, 0.1, 3.0, 50.0]))
 def test_every_set_holds_sinks_recent_and_the_best_and_never_more_than_its_budget(
         n_tokens: int, seed: int, budget: int, extra: int, n_survivors: int, spread: float) -> None:
-    policy = Policy(budget, budget + extra, n_sinks=3, n_recent=8)
+    policy = Policy(budget, budget + extra, n_sinks=3, n_recent=8, hold=0.0)
     rng = np.random.default_rng(seed)
     old = np.sort(rng.choice(n_tokens, min(n_survivors, n_tokens), replace=False)).astype(np.int64)
     scores = scores_of(n_tokens, seed, spread)
@@ -101,3 +101,13 @@ def test_scores_that_are_no_numbers_choose_nothing_and_break_nothing() -> None:
 def test_a_budget_that_holds_no_more_than_what_is_forced_is_refused() -> None:
     with pytest.raises(AssertionError, match="recent"):
         Policy(budget=36)
+
+
+def test_what_is_about_as_good_is_not_exchanged_and_what_is_better_is() -> None:
+    policy = Policy(8, n_sinks=1, n_recent=1, survivor_share=0.0, hold=2.0)
+    scores = np.zeros(40, np.float32)
+    scores[20:26], scores[30], scores[31] = 0.0, 1.0, 3.0
+    before = Survivors(np.arange(20, 26, dtype=np.int64), np.ones(6, np.float32))
+    chosen = select(scores, before, policy).positions.tolist()
+    assert 31 in chosen and 30 not in chosen
+    assert len({*range(20, 26)} & {*chosen}) == 5

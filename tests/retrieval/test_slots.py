@@ -56,6 +56,25 @@ def test_a_step_that_is_taken_again_finds_its_own_tokens_gone() -> None:
     assert slots.where(at(11, 12, 13)).tolist() == [-1, -1, -1]
 
 
+def test_looking_ahead_brings_what_the_next_step_lacks_and_takes_nothing_from_the_running_one() -> None:
+    slots = Slots(8, 100)
+    slots.assign(at(1, 2, 3), 10, 1)
+    running = slots.assign(at(2, 4), 11, 1)
+    missing, into = slots.look_ahead(at(1, 2, 5, 6, 11))
+    assert missing.tolist() == [5, 6]
+    assert not {*into.tolist()} & {*running.selected.tolist(), *running.new.tolist(), *slots.where(at(1)).tolist()}
+    assert slots.assign(at(1, 2, 5, 6, 11), 12, 1).missing.tolist() == []
+
+
+def test_looking_ahead_leaves_to_the_step_what_finds_no_slot() -> None:
+    slots = Slots(6, 100)
+    running = slots.assign(at(1, 2, 3), 10, 1)
+    missing, into = slots.look_ahead(at(4, 5, 6, 10))
+    assert missing.tolist() == [4, 5]
+    assert not {*into.tolist()} & {*running.selected.tolist(), *running.new.tolist()}
+    assert slots.assign(at(4, 5, 6, 10), 11, 1).missing.tolist() == [6]
+
+
 @given(seed=st.integers(0, 200), n_slots=st.integers(20, 40), n_steps=st.integers(1, 12))
 def test_every_wanted_token_has_exactly_one_slot_and_it_holds_what_was_put_there(seed: int, n_slots: int,
                                                                                 n_steps: int) -> None:
@@ -71,4 +90,10 @@ def test_every_wanted_token_has_exactly_one_slot_and_it_holds_what_was_put_there
         content.update(zip(step.new.tolist(), range(length, length + n_new), strict=True))
         assert [content[slot] for slot in step.selected.tolist()] == chosen.tolist()
         assert len({*step.selected.tolist(), *step.new.tolist()}) == len(chosen) + n_new
+        running = {*step.selected.tolist(), *step.new.tolist()}
         length += n_new
+        if rng.random() < 0.5:
+            wanted = np.sort(rng.choice(length, int(rng.integers(1, n_slots - 4)), replace=False)).astype(np.int64)
+            missing, into = slots.look_ahead(wanted)
+            assert not running & {*into.tolist()}
+            content.update(zip(into.tolist(), missing.tolist(), strict=True))
