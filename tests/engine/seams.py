@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 
 from edgert.architectures.base import Architecture, Hyperparameters
 from edgert.architectures.registry import open_architecture
+from edgert.engine.batch import Batch
 from edgert.engine.collective import Collective, Solo
 from edgert.engine.engine import Engine
-from edgert.engine.kv_cache import DenseKVCache
+from edgert.engine.kv_cache import DenseKVCache, KVCache
 from edgert.engine.layouts import LayoutChoice, choose_layouts
 from edgert.engine.resident import ResidentWeights
 from edgert.engine.weights import WeightSource
@@ -26,6 +28,12 @@ from offload.embedding import EmbeddingRows
 from offload.expert_layout import PoolShape, split_experts
 from offload.residency import Residency, block_bytes, cut
 from offload.window import WindowWeights
+from retrieval.cache import RetrievedKVCache
+from retrieval.hot import HotKVCache
+from retrieval.masked import MaskedKVCache
+from retrieval.selection import Policy
+from retrieval.selectors import PageSelector
+from retrieval.staged import LayerFile, StagedKVCache
 from tensorpar.collectives import Algorithm, Group, Network
 from tensorpar.link import Link
 
@@ -66,10 +74,52 @@ WEIGHT_SOURCES: dict[str, Callable[[Backend, ModelFile, Architecture], WeightSou
     "window": _window,
     "experts": _experts,
 }
-KV_CACHES: dict[str, Callable[[Backend, Hyperparameters, int], DenseKVCache]] = {
+DENSE_KV_CACHES: dict[str, Callable[[Backend, Hyperparameters, int], DenseKVCache]] = {
     "dense f16": lambda backend, hp, context_length: DenseKVCache(backend, hp, context_length, "f16"),
     "dense q8_0": lambda backend, hp, context_length: DenseKVCache(backend, hp, context_length, "q8_0"),
 }
+
+
+class _OwningMasked(MaskedKVCache):
+    """Everything is visible, and the dense cache goes with it."""
+
+    def close(self) -> None:
+        self._dense.close()
+
+
+class _OwningStaged(StagedKVCache):
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+
+def _staged(backend: Backend, hp: Hyperparameters, context_length: int) -> KVCache:
+    file = LayerFile(Path(tempfile.gettempdir()), hp, context_length)
+    return _OwningStaged(backend, hp, context_length, file, lambda layer, start, keys: None, frozenset())
+
+
+def _retrieved(backend: Backend, hp: Hyperparameters, context_length: int) -> KVCache:
+    pages = PageSelector(frozenset({0}), hp.n_kv_heads, hp.head_dim, context_length)
+    return RetrievedKVCache(backend, hp, DenseKVCache(backend, hp, context_length), pages, Policy(64), context_length)
+
+
+# Each may hold as many tokens as the context has: then attention is that of a dense cache.
+KV_CACHES: dict[str, Callable[[Backend, Hyperparameters, int], KVCache]] = {
+    **DENSE_KV_CACHES,
+    "hot": lambda backend, hp, context_length: HotKVCache(backend, hp, context_length, context_length + 64),
+    "masked": lambda backend, hp, context_length: _OwningMasked(DenseKVCache(backend, hp, context_length), hp,
+                                                                frozenset({0})),
+    "staged": _staged,
+    "retrieved": _retrieved,
+}
+
+
+def begin_pass(kv: KVCache, batch: Batch) -> None:
+    """What the owner of a cache tells it before a batch passes the layers."""
+    if isinstance(kv, HotKVCache):
+        assert not len(kv.prepare(np.arange(batch.start, dtype=np.int64), batch).missing)
+    elif isinstance(kv, StagedKVCache):
+        kv.start, kv.end = batch.start, batch.end
 
 
 def _group(n_ranks: int, algorithm: Algorithm | None) -> Callable[[], list[Collective]]:
@@ -112,7 +162,7 @@ def open_engine(name: str, path: Path, *, context_length: int = 512, batch_size:
     source, fused = ENGINES[name]
     file = ModelFile.open(path)
     arch, backend = open_architecture(file), Backend(1)
-    kv = KV_CACHES[kv_cache](backend, arch.hp, context_length)
+    kv = DENSE_KV_CACHES[kv_cache](backend, arch.hp, context_length)
     engine = Engine(arch, WEIGHT_SOURCES[source](backend, file, arch), kv, backend, collective=collective,
                     batch_size=batch_size, fused=fused)
     try:

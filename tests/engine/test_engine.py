@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from seams import ENGINES, KV_CACHES, open_engine, token_ids
+from seams import DENSE_KV_CACHES, ENGINES, open_engine, token_ids
 
 from edgert.architectures.base import EMBEDDING
 from edgert.engine.engine import Engine
@@ -38,7 +38,7 @@ def check_same(one: list[NDArray[np.float32]], other: list[NDArray[np.float32]])
 
 # -- the same bits ---------------------------------------------------------------------------------------------------
 @EVERY_ENGINE
-@pytest.mark.parametrize("kv_cache", KV_CACHES)
+@pytest.mark.parametrize("kv_cache", DENSE_KV_CACHES)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "smallthinker"])
 def test_every_way_of_running_a_model_gives_the_same_logits(name: str, kv_cache: str, architecture: str,
                                                             tiny_model: TinyModel) -> None:
