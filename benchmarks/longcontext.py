@@ -35,7 +35,7 @@ from edgert.engine.retrieval_head import RetrievalHead
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.text.tokenizer import Tokenizer
-from retrieval.cache import observed_layers
+from retrieval.choosing import observed_layers
 from retrieval.distillation.text import Document
 from retrieval.selection import Policy
 

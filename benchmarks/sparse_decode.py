@@ -2,21 +2,26 @@
 
     python benchmarks/sparse_decode.py MODEL.gguf [--context 8192] [--budget 512] [--threads 1] [--steps 40]
         [--tier memory|disk] [--store DIR] [--snapshot FILE.npz | --synthetic] [--text FILE ...] [--head auto|none]
+        [--read-mb-s 250] [--from-tokens 2048]
 
 The text (Python's own sources where none is given) is prefilled once, densely; with --snapshot its keys and values are
-kept for the next run; with --synthetic they are random, for speed alone without the minutes of a prefill. Each step is
-taken by both engines in turn; medians, and ratios of medians. The ceiling is Amdahl's: a dense step over as few tokens
-as the set has. Where the model has a retrieval head, it needs features of the text, so both engines prefill.
+kept for the next run; with --synthetic they are random, for speed alone without the minutes of a prefill. Both engines
+take some steps in turn; medians, and ratios of medians. The ceiling is Amdahl's: a dense step over as few tokens as the
+set has. Where the model has a retrieval head, it needs features of the text, so both engines prefill. With --read-mb-s
+(root), the steps are taken from a disk that is held to so much. A --context below --from-tokens is attended whole by
+both: what retrieval costs then.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sysconfig
 import tempfile
 import time
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.bench.control_group import slow_disk
 from edgert.architectures.registry import open_architecture
 from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import DenseKVCache
@@ -34,12 +40,14 @@ from edgert.gguf.model_file import ModelFile
 from edgert.paths import Paths
 from edgert.planning import head_of
 from edgert.text.tokenizer import Tokenizer
+from retrieval.cache import Counts
 from retrieval.engine import RetrievalEngine
 from retrieval.opening import open_retrieval
 from retrieval.sizes import kv_sizes
 
 Floats = NDArray[np.float32]
 _SPARE = 64  # tokens beyond the context's measured length
+_IN_TURN = 8  # steps of one engine, then of the other; what comes first after the other is not counted
 
 
 @dataclass(slots=True)
@@ -49,6 +57,7 @@ class Times:
     floor_s: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     same_best: list[bool] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)  # of the counted sparse steps
 
 
 def main() -> None:
@@ -56,7 +65,12 @@ def main() -> None:
     token_ids = text_of(args)
     dense, sparse = open_dense(args), open_sparse(args)
     fill(args, dense, sparse, token_ids[:args.context])
-    times = measure(args, dense, sparse, token_ids[args.context:])
+    with slow_disk(args.store, args.read_mb_s * 10**6) if args.read_mb_s else nullcontext() as group:
+        if group is not None:
+            group.write_text(str(os.getpid()))
+        times = measure(args, dense, sparse, token_ids[args.context:])
+        if group is not None:
+            (group.parent.parent / group.name).write_text(str(os.getpid()))
     report(args, times, sparse)
     dense.close()
     sparse.close()
@@ -75,6 +89,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--text", type=Path, nargs="*", default=[])
     parser.add_argument("--head", choices=("auto", "none"), default="auto")
+    parser.add_argument("--read-mb-s", type=int, default=0)
+    parser.add_argument("--from-tokens", type=int, help="default: 2048, or half the context")
     return parser.parse_args()
 
 
@@ -114,7 +130,8 @@ def open_dense(args: argparse.Namespace) -> Engine:
 def open_sparse(args: argparse.Namespace) -> RetrievalEngine:
     arch, weights, kv, backend, file = _parts(args)
     head = None if args.head == "none" else head_of(file, arch, Paths.of_user())
-    sizes = kv_sizes(arch.hp, kv.context_length, args.budget, min(2048, args.context // 2), args.tier, head, "resident")
+    from_tokens = min(args.from_tokens or min(2048, args.context // 2), kv.context_length)
+    sizes = kv_sizes(arch.hp, kv.context_length, args.budget, from_tokens, args.tier, head, "resident")
     return open_retrieval(arch, weights, kv, backend, sizes, head, args.store)
 
 
@@ -151,16 +168,17 @@ def fill(args: argparse.Namespace, dense: Engine, sparse: RetrievalEngine, token
 
 def measure(args: argparse.Namespace, dense: Engine, sparse: RetrievalEngine, token_ids: NDArray[np.int32]) -> Times:
     times, n = Times(), dense.kv.length
-    for token_id in token_ids[:args.steps]:
-        step = np.array([token_id], np.int32)
-        rows = []
-        for engine, taken in ((dense, times.dense_s), (sparse, times.sparse_s)):
-            start = time.perf_counter()
-            logits = engine.step(step)[0]
-            taken.append(time.perf_counter() - start)
-            rows.append(log_softmax(logits))
-        times.kl.append(float((np.exp(rows[0]) * (rows[0] - rows[1])).sum()))
-        times.same_best.append(bool(rows[0].argmax() == rows[1].argmax()))
+    for first in range(0, args.steps, _IN_TURN):
+        some = token_ids[first:min(first + _IN_TURN, args.steps)]
+        expected = [timed(dense, token_id, times.dense_s) for token_id in some]
+        got = [timed(sparse, some[0], [])]
+        before = astuple(sparse._retrieved.counts)
+        got += [timed(sparse, token_id, times.sparse_s) for token_id in some[1:]]
+        changes = [b - a for a, b in zip(before, astuple(sparse._retrieved.counts), strict=True)]
+        times.counts = Counts(*(a + b for a, b in zip(astuple(times.counts), changes, strict=True)))
+        for a, b in zip(expected, got, strict=True):
+            times.kl.append(float((np.exp(a) * (a - b)).sum()))
+            times.same_best.append(bool(a.argmax() == b.argmax()))
     dense.kv.truncate(args.budget - args.steps)
     for token_id in token_ids[:args.steps]:
         start = time.perf_counter()
@@ -170,6 +188,13 @@ def measure(args: argparse.Namespace, dense: Engine, sparse: RetrievalEngine, to
     return times
 
 
+def timed(engine: Engine, token_id: int, taken: list[float]) -> NDArray[np.float64]:
+    start = time.perf_counter()
+    logits = engine.step(np.array([token_id], np.int32))[0]
+    taken.append(time.perf_counter() - start)
+    return log_softmax(logits)
+
+
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
     x = logits.astype(np.float64)
     x -= x.max()
@@ -177,20 +202,23 @@ def log_softmax(logits: Floats) -> NDArray[np.float64]:
 
 
 def report(args: argparse.Namespace, times: Times, sparse: RetrievalEngine) -> None:
-    settled = times.sparse_s[2:]  # the first builds its graph and fills the buffer
+    settled, counts = times.sparse_s, times.counts
     dense_ms, sparse_ms, floor_ms = (1000 * median(one) for one in (times.dense_s, settled, times.floor_s))
     kv = sparse.plan()["kv"]
-    n_steps = max(1, kv["steps"])
+    n_steps = max(1, counts.n_steps)
     figures = {
         "model": args.model.name, "context": args.context, "budget": args.budget, "threads": args.threads,
         "tier": kv["tier"], "selector": kv["selector"],
         "dense_ms": round(dense_ms, 2), "sparse_ms": round(sparse_ms, 2),
         "speedup": round(dense_ms / sparse_ms, 2), "ceiling": round(dense_ms / floor_ms, 2),
         "slowest_over_median": round(max(settled) * 1000 / sparse_ms, 2),
-        "select_share": round(kv["select_ms"] / n_steps / sparse_ms, 3),
-        "fetch_share": round(kv["fetch_ms"] / n_steps / sparse_ms, 3),
-        "resident_share_of_needed": round(1 - kv["fetched"] / max(1, kv["selected"]), 3),
-        "reads_per_token": round(kv["reads"] / n_steps, 1), "read_bytes_per_token": round(kv["read_bytes"] / n_steps),
+        "select_share": round(1000 * counts.select_s / n_steps / sparse_ms, 3),
+        "select_ms_beside": round(1000 * counts.aside_s / n_steps, 3),
+        "stall_share": round(1000 * counts.fetch_s / n_steps / sparse_ms, 3),
+        "there_before_its_layer": round(1 - counts.n_late / max(1, counts.n_selected), 4),
+        "kept_from_the_step_before": round(1 - counts.n_fetched / max(1, counts.n_selected), 3),
+        "reads_per_token": round(counts.n_reads / n_steps, 1),
+        "read_bytes_per_token": round(counts.read_bytes / n_steps),
         "kv_resident_bytes": sparse.kv.resident_bytes, "kl": round(float(np.mean(times.kl)), 4),
         "top1": round(float(np.mean(times.same_best)), 3)}
     for name, value in figures.items():
