@@ -84,12 +84,14 @@ def test_what_repeats_has_its_place_beside_a_head_that_is_sure_of_others() -> No
 
 
 def test_a_token_whose_forerunners_stand_at_the_texts_end_repeats_it() -> None:
-    ids = np.array([7, 1, 2, 3, 9, 9, 5, 2, 3, 8, 9, 1, 2], np.int32)  # the step reads a 3, after 1 2
-    strength = repeats(ids, 3)
+    ids = np.array([7, 1, 2, 3, *range(20, 40), 5, 2, 3, 8, 9, 3, *range(40, 50), 1, 2], np.int32)
+    strength = repeats(ids, 3)  # the step reads a 3, after 1 2
     assert strength.argmax() == 4, "1 2 3 stood before it"
-    assert strength[9] > strength[10] > strength[11] > 0, "2 3 stood before it, and what follows counts less"
-    assert not strength[:4].any()
-    assert strength[4] > 3 * strength[9], "a longer match counts for more"
+    assert strength[27] > strength[28] > strength[29] > 0, "2 3 stood before it, and what follows counts less"
+    assert strength[4] > 3 * strength[27], "a longer match counts for more"
+    assert not strength[:4].any() and not strength[13:27].any()
+    assert strength[30] == pytest.approx(1 + 4 * 0.8 ** 3), "one token alone brings no more than the next"
+    assert strength[31] == pytest.approx(4 * 0.8 ** 4) and not strength[36:].any()
 
 
 @given(ids=st.lists(st.integers(0, 3), max_size=40), last=st.integers(0, 3))
