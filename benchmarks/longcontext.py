@@ -2,7 +2,7 @@
 
     python benchmarks/longcontext.py MODEL.gguf [--head DIR] [--context 4096] [--budgets 128 256 512]
         [--tasks prose code perplexity_prose perplexity_code needle1 needle4 needle8 shared values queries turns
-                 variables passkey copy]
+                 variables passkey copy passkey0 passkey25 passkey50 passkey75 passkey98]
         [--methods full oracle ours untrained head quest snapkv streaming reuse chance]
         [--items 30] [--seeds 3] [--minutes M] [--json FILE]
 
@@ -24,6 +24,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -70,6 +71,7 @@ def item_of(task: str, texts: Texts, encode: Encode, n_tokens: int, seed: int, i
         "turns": lambda: facts(n_keys=4, n_queries=2, last_only=True),
         "variables": lambda: variables(prose, encode, rng, n_tokens),
         "passkey": lambda: facts(depth=_DEPTHS[index % len(_DEPTHS)]),
+        **{f"passkey{round(100 * depth)}": partial(facts, depth=depth) for depth in _DEPTHS},
         "copy": lambda: repository_copy(code, encode, rng, n_tokens)}
     if task not in makers:
         raise SystemExit(f"no task {task}: there are {', '.join(makers)}")
