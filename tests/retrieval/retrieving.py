@@ -18,7 +18,7 @@ from edgert.engine.resident import ResidentWeights
 from edgert.engine.retrieval_head import Floats, Positions
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
-from retrieval.cache import RetrievedKVCache, observed_layers
+from retrieval.cache import RetrievedKVCache, page_layers
 from retrieval.engine import RetrievalEngine
 from retrieval.selection import Policy
 from retrieval.selectors import HeadSelector, PageSelector, Selector
@@ -52,7 +52,7 @@ def head_selector(hp: Hyperparameters, context_length: int) -> Selector:
 
 
 def page_selector(hp: Hyperparameters, context_length: int) -> Selector:
-    return PageSelector(observed_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)
+    return PageSelector(page_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)
 
 
 @contextmanager
