@@ -1,14 +1,17 @@
 """How faithful a small set of cached tokens is to all of them: retrieval, its peers, an oracle, chance, side by side.
 
     python benchmarks/longcontext.py MODEL.gguf [--head DIR] [--context 4096] [--budgets 128 256 512]
-        [--tasks prose code perplexity needle1 needle4 needle8 values queries turns variables passkey copy]
-        [--methods full oracle ours head quest snapkv streaming reuse chance] [--items 30] [--seeds 3] [--json FILE]
+        [--tasks prose code perplexity_prose perplexity_code needle1 needle4 needle8 shared values queries turns
+                 variables passkey copy passkey0 passkey25 passkey50 passkey75 passkey98]
+        [--methods full oracle ours untrained head quest snapkv streaming reuse chance]
+        [--items 30] [--seeds 3] [--minutes M] [--json FILE]
 
-Every item is prefilled once, with full attention; then each method runs the same steps from that snapshot, one token
-at a time, attending to as many cached tokens as the budget says. Questions and answers are steps, so no method sees
-them before. Teacher-forced: KL and top-1 are against full attention's own logits; `answer` is the share of answer
-tokens that a method's best logit gives; `recall` is the share of the answer's tokens in the context that are in the
-set.
+Every context is prefilled once, with full attention; then each method runs the same steps from that snapshot, one
+token at a time, attending to as many cached tokens as the budget says. Questions and answers are steps, so no method
+sees them before. Teacher-forced: KL, top-1 and perplexity are against full attention's own; `answer` is the share of
+answer tokens that a method's best logit gives; `recall` is the share of the answer's tokens in the context that are in
+the set. `shared` asks ten questions about each context. `untrained` is retrieval without its head.
+With --json FILE, what was found is kept: the same command goes on where it was stopped, or --minutes were over.
 Everything but attention is edgert's graphs over the file's weights (bfloat16 where the processor is faster with it);
 means with 95 % intervals over items. A cell where full attention fails says nothing about a method.
 """
@@ -16,48 +19,41 @@ means with 95 % intervals over items. A cell where full attention fails says not
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from collections import defaultdict
+import time
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 from longcontext_items import Encode, Item, Texts, fidelity, needle, repository_copy, variables
-from longcontext_model import Floats, Selector, SparseModel
+from longcontext_model import Floats, Selector, Snapshot, SparseModel
+from longcontext_results import Cell, Journal, Outcome, Place, settings_of
 from longcontext_selectors import Chance, Full, OneSet, Oracle, Ours, Quest, Reuse, SnapKV, Streaming
+from numpy.typing import NDArray
 
-from edgert.engine.retrieval_head import RetrievalHead
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.text.tokenizer import Tokenizer
 from retrieval.choosing import observed_layers
 from retrieval.distillation.text import Document
+from retrieval.head import Head
 from retrieval.selection import Policy
 
-_METHODS = ("full", "oracle", "ours", "head", "quest", "snapkv", "streaming", "reuse", "chance")
+_METHODS = ("full", "oracle", "ours", "untrained", "head", "quest", "snapkv", "streaming", "reuse", "chance")
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.98)
+N_SHARED = 10  # questions about one context
 _N_FIDELITY_STEPS, _N_PERPLEXITY_STEPS = 64, 256
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One method on one item. Not a number where the item does not ask for it."""
-
-    kl: float
-    top1: float
-    nll_difference: float
-    answer: float
-    recall: float
 
 
 def item_of(task: str, texts: Texts, encode: Encode, n_tokens: int, seed: int, index: int) -> Item:
     """One item of a task, the same for the same seed and index."""
-    rng, prose, code = Random(f"{task}/{seed}/{index}"), texts.prose, texts.code
+    n_each = N_SHARED if task == "shared" else 1
+    rng, prose, code = Random(f"{task}/{seed}/{index // n_each}"), texts.prose, texts.code
 
     def facts(**options: Any) -> Item:
         return needle(prose, encode, rng, n_tokens, kind=task, **options)
@@ -67,12 +63,15 @@ def item_of(task: str, texts: Texts, encode: Encode, n_tokens: int, seed: int, i
 
     makers: dict[str, Callable[[], Item]] = {
         "prose": lambda: going_on(prose), "code": lambda: going_on(code),
-        "perplexity": lambda: going_on((prose, code)[index % 2], _N_PERPLEXITY_STEPS),
+        "perplexity_prose": lambda: going_on(prose, _N_PERPLEXITY_STEPS),
+        "perplexity_code": lambda: going_on(code, _N_PERPLEXITY_STEPS),
         "needle1": facts, "needle4": lambda: facts(n_keys=4), "needle8": lambda: facts(n_keys=8),
+        "shared": lambda: facts(n_keys=N_SHARED, ask=index % N_SHARED),
         "values": lambda: facts(n_keys=4, n_values=4), "queries": lambda: facts(n_keys=4, n_queries=4),
         "turns": lambda: facts(n_keys=4, n_queries=2, last_only=True),
         "variables": lambda: variables(prose, encode, rng, n_tokens),
         "passkey": lambda: facts(depth=_DEPTHS[index % len(_DEPTHS)]),
+        **{f"passkey{round(100 * depth)}": partial(facts, depth=depth) for depth in _DEPTHS},
         "copy": lambda: repository_copy(code, encode, rng, n_tokens)}
     if task not in makers:
         raise SystemExit(f"no task {task}: there are {', '.join(makers)}")
@@ -100,59 +99,52 @@ def _log_softmax(logits: Floats) -> Floats:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float32)
 
 
-def selectors_of(methods: Sequence[str], budget: int, full: Full, head: RetrievalHead | None,
-                 observed: frozenset[int]) -> dict[str, Selector]:
-    """The methods at one budget. Those that need a head are left out where there is none."""
+def selectors_of(methods: Sequence[str], budget: int, full: Full, head: Head | None,
+                 observed: frozenset[int], token_ids: Sequence[int]) -> dict[str, Selector]:
+    """The methods at one budget, for an item of these tokens. Those that need a head are left out where there is
+    none."""
     made: dict[str, Callable[[], Selector]] = {
         "oracle": lambda: Oracle(budget, full), "quest": lambda: Quest(budget), "snapkv": lambda: SnapKV(budget),
         "streaming": lambda: Streaming(budget), "reuse": lambda: Reuse(budget, full), "chance": lambda: Chance(budget)}
+    made["untrained"] = lambda: Ours(Policy(budget), None, observed, token_ids)
     if head is not None:
-        made["ours"] = lambda: Ours(Policy(budget), head, observed)
-        made["head"] = lambda: Ours(Policy(budget, survivor_share=0.0), head, observed)
+        made["ours"] = lambda: Ours(Policy(budget), head, observed, token_ids)
+        alone = Policy(budget, survivor_weight=0.0, repeat_weight=0.0)
+        made["head"] = lambda: Ours(alone, head, observed, token_ids)
     return {name: made[name]() for name in methods if name in made}
 
 
-def compare(model: SparseModel, item: Item, methods: Sequence[str], budgets: Sequence[int],
-            head: RetrievalHead | None) -> dict[tuple[str, int], Outcome]:
-    """Every method at every budget on one item, from one prefill."""
-    snapshot, full = model.prefill(item.context), Full()
-    logits = model.run(snapshot, item.steps, full)
-    outcomes = {("full", 0): judge(item, logits, logits, full)}
-    for budget in budgets:
-        for name, selector in selectors_of(methods, budget, full, head, observed_layers(model.arch.hp)).items():
-            outcomes[name, budget] = judge(item, model.run(snapshot, item.steps, selector), logits, selector)
-    return outcomes
+def places(tasks: Sequence[str], n_seeds: int, n_each: int) -> list[Place]:
+    """Every item, so that all tasks have some soon, and those of one context follow each other."""
+    return [Place(task, seed, index) for first in range(0, n_each, N_SHARED) for task in tasks
+            for seed in range(n_seeds) for index in range(first, min(first + N_SHARED, n_each))]
 
 
-def summary(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by the normal approximation."""
-    known = np.array([value for value in values if not math.isnan(value)])
-    if not len(known):
-        return math.nan, math.nan
-    half = 1.96 * float(known.std(ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else math.nan
-    return float(known.mean()), half
+class Comparison:
+    """A model, and the snapshot of the context that was prefilled last."""
 
+    def __init__(self, model: SparseModel, head: Head | None) -> None:
+        self._model, self._head = model, head
+        self._context: NDArray[np.int32] | None = None
+        self._snapshot: Snapshot
 
-def print_task(task: str, cells: dict[tuple[str, int], list[Outcome]]) -> list[dict[str, object]]:
-    """The table of one task; its rows as they go to JSON."""
-    n_items = len(next(iter(cells.values())))
-    print(f"\n{task}: {n_items} items\n{'method':<10} {'budget':>6}  " + "  ".join(
-        f"{name:<15}" for name in ("KL", "top-1", "NLL difference", "answer", "recall")), flush=True)
-    rows = list[dict[str, object]]()
-    for (method, budget), outcomes in cells.items():
-        row: dict[str, object] = {"task": task, "method": method, "budget": budget, "items": n_items}
-        shown = list[str]()
-        for name in ("kl", "top1", "nll_difference", "answer", "recall"):
-            mean, half = summary([getattr(outcome, name) for outcome in outcomes])
-            row[name], row[f"{name}_ci95"] = (None if math.isnan(x) else round(x, 5) for x in (mean, half))
-            shown.append(f"{'-' if math.isnan(mean) else f'{mean:.3f} +- {half:.3f}':<15}")
-        print(f"{method:<10} {budget or 'all':>6}  " + "  ".join(shown), flush=True)
-        rows.append(row)
-    return rows
+    def of(self, item: Item, methods: Sequence[str], budgets: Sequence[int]) -> dict[Cell, Outcome]:
+        """Every method at every budget on one item, from one prefill."""
+        if self._context is None or not np.array_equal(self._context, item.context):
+            self._snapshot, self._context = self._model.prefill(item.context), item.context
+        full, token_ids = Full(), [*item.context.tolist(), *item.steps]
+        logits = self._model.run(self._snapshot, item.steps, full)
+        outcomes = {("full", 0): judge(item, logits, logits, full)}
+        observed = observed_layers(self._model.arch.hp)
+        for budget in budgets:
+            for name, selector in selectors_of(methods, budget, full, self._head, observed, token_ids).items():
+                outcomes[name, budget] = judge(item, self._model.run(self._snapshot, item.steps, selector), logits,
+                                               selector)
+        return outcomes
 
 
 def main() -> None:
-    args = _arguments()
+    args, start_s = _arguments(), time.monotonic()
     load_libraries()
     file = ModelFile.open(args.model)
     tokenizer = Tokenizer.open(args.model)
@@ -162,24 +154,27 @@ def main() -> None:
 
     model = SparseModel(file, args.context + 64, args.threads)
     head = _head(args.head, file, model)
-    rows = list[dict[str, object]]()
+    journal = Journal(args.json, settings_of(model=file.fingerprint(), context=args.context,
+                                             head=zlib.crc32(head.card.to_json().encode()) if head else None,
+                                             text=str(args.text or "")))
+    methods = [method for method in args.methods if head is not None or method not in ("ours", "head")]
+    wanted = {(method, budget) for method in methods for budget in args.budgets if method != "full"} | {("full", 0)}
+    texts = [Texts.of(args.text, seed) if args.text else Texts.installed(seed) for seed in range(args.seeds)]
+    comparison = Comparison(model, head)
+    for place in places(args.tasks, args.seeds, max(1, args.items // args.seeds)):
+        if time.monotonic() - start_s > 60 * args.minutes:
+            break
+        if wanted <= set(journal.outcomes[place]):
+            continue
+        item = item_of(place.task, texts[place.seed], encode, args.context, place.seed, place.index)
+        journal.add(place, comparison.of(item, methods, args.budgets))
+        print(".", end="", file=sys.stderr, flush=True)
     for task in args.tasks:
-        cells: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
-        for seed in range(args.seeds):
-            texts = Texts.of(args.text, seed) if args.text else Texts.installed(seed)
-            for index in range(max(1, args.items // args.seeds)):
-                item = item_of(task, texts, encode, args.context, seed, index)
-                for cell, outcome in compare(model, item, args.methods, args.budgets, head).items():
-                    cells[cell].append(outcome)
-                print(".", end="", file=sys.stderr, flush=True)
-        rows += print_task(task, cells)
-        if args.json:
-            args.json.write_text("".join(json.dumps({"model": file.path.name, "context": args.context, **row}) + "\n"
-                                         for row in rows))
+        journal.print_task(task, _METHODS)
     model.close()
 
 
-def _head(path: Path | None, file: ModelFile, model: SparseModel) -> RetrievalHead | None:
+def _head(path: Path | None, file: ModelFile, model: SparseModel) -> Head | None:
     from retrieval.head import find_head, open_head
 
     head = open_head(path, file, model.arch.hp) if path else find_head(file, model.arch.hp)
@@ -200,7 +195,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=30, help="of each task, over all seeds")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="a line for each row")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, with what there is")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every outcome, and go on where it ends")
     return parser.parse_args()
 
 

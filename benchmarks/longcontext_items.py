@@ -23,6 +23,7 @@ Encode = Callable[[str], list[int]]
 _KEYS = (
     "harbour", "meadow", "lantern", "glacier", "orchard", "falcon", "copper", "velvet", "thunder", "walnut",
     "saffron", "canyon", "mustard", "pebble", "whisper", "anchorage", "juniper", "marble", "ribbon", "tundra")
+_ASKED_TOKENS = 64  # room for any one question and its answer
 _KINDS = ("archive", "vault", "beacon", "garden", "station", "library")
 
 
@@ -97,12 +98,14 @@ def _fact(rng: Random, key: str, kind: str) -> Fact:
 
 
 def needle(texts: list[Document], encode: Encode, rng: Random, n_tokens: int, n_keys: int = 1, n_values: int = 1,
-           n_queries: int = 1, depth: float | None = None, last_only: bool = False, kind: str = "needle") -> Item:
+           n_queries: int = 1, depth: float | None = None, last_only: bool = False, ask: int | None = None,
+           kind: str = "needle") -> Item:
     """Facts in prose, one or more asked for. Several values of one key are asked for together. With `last_only`, the
-    questions before the last are only turns of a conversation."""
+    questions before the last are only turns of a conversation. With `ask`, that fact alone is asked for: the context is
+    the same for each."""
     keys, place = rng.sample(_KEYS, max(n_keys, n_queries)), rng.choice(_KINDS)
     facts = [_fact(rng, key, place) for key in keys]
-    asked = facts[:n_queries]
+    asked = facts[:n_queries] if ask is None else [facts[ask]]
     more = [_fact(rng, keys[0], place) for _ in range(n_values - 1)]
     questions = [(fact.question, [fact.value]) for fact in asked]
     if more:
@@ -110,7 +113,8 @@ def needle(texts: list[Document], encode: Encode, rng: Random, n_tokens: int, n_
                       [fact.value for fact in (asked[0], *more)])]
     placed = sorted([(rng.random() if depth is None else depth, index, fact)
                      for index, fact in enumerate([*facts, *more])], key=lambda one: one[:2])
-    return _assemble(texts, encode, rng, n_tokens, placed, questions, kind, len(questions) - 1 if last_only else 0)
+    return _assemble(texts, encode, rng, n_tokens, placed, questions, kind, len(questions) - 1 if last_only else 0,
+                     None if ask is None else _ASKED_TOKENS)
 
 
 def variables(texts: list[Document], encode: Encode, rng: Random, n_tokens: int, n_hops: int = 2) -> Item:
@@ -126,7 +130,8 @@ def variables(texts: list[Document], encode: Encode, rng: Random, n_tokens: int,
 
 
 def _assemble(texts: list[Document], encode: Encode, rng: Random, n_tokens: int, placed: list[tuple[float, int, Fact]],
-              questions: list[tuple[str, list[str]]], kind: str, first_judged: int = 0) -> Item:
+              questions: list[tuple[str, list[str]]], kind: str, first_judged: int = 0,
+              n_asked: int | None = None) -> Item:
     steps, answers = list[int](), list[int]()
     wanted = {value for _, values in questions[first_judged:] for value in values}
     for number, (question, values) in enumerate(questions):
@@ -137,7 +142,7 @@ def _assemble(texts: list[Document], encode: Encode, rng: Random, n_tokens: int,
                 answers += range(len(steps) - 1, len(steps) - 1 + len(value_ids))
             steps += value_ids + (encode(",") if len(values) > 1 else [])
     coded = [(depth, encode(fact.text), encode(fact.value), fact.value in wanted) for depth, _, fact in placed]
-    n_filler = n_tokens - len(steps) - sum(len(text) + len(value) + 1 for _, text, value, _ in coded)
+    n_filler = n_tokens - (n_asked or len(steps)) - sum(len(text) + len(value) + 1 for _, text, value, _ in coded)
     filler, ids, critical, done = _tokens(texts, encode, rng, n_filler), list[int](), list[int](), 0
     for depth, text_ids, said_ids, is_wanted in coded:
         end = int(depth * n_filler)

@@ -6,10 +6,13 @@ Peers are re-implemented from their papers' rules, at the granularity and per th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from longcontext_model import Floats, Positions, Selector, Snapshot
 
 from edgert.engine.retrieval_head import RetrievalHead
+from retrieval.repeats import repeats
 from retrieval.selection import Policy, Survivors, select
 
 N_SINKS, N_RECENT = 4, 32
@@ -120,34 +123,43 @@ class Reuse(OneSet):
 
 
 class Ours(OneSet):
-    """The retrieval head, and survivors of the step before by the attention that was observed on the set: as
-    retrieval/cache.py does it, which looks at the same layers and at everything in the prompt's last step."""
+    """What retrieval/cache.py composes: the head, the attention that was observed on the set in the step before (in
+    the same few layers, and on everything in the prompt's last step), and what follows earlier occurrences of the
+    text's end. Without a head, the two others."""
 
-    def __init__(self, policy: Policy, head: RetrievalHead, observed: frozenset[int]) -> None:
+    def __init__(self, policy: Policy, head: RetrievalHead | None, observed: frozenset[int],
+                 token_ids: Sequence[int]) -> None:
         super().__init__(policy.budget)
         self._policy, self._head, self._observed = policy, head, observed
+        self._ids = np.array(token_ids, np.int32)  # of the whole item: a step sees those up to its own
 
     def start(self, snapshot: Snapshot) -> None:
         super().start(snapshot)
         n = snapshot.n_tokens
-        self._keys = np.zeros((len(snapshot.features), self._head.dim), np.float32)
-        self._keys[:n] = self._head.project_keys(snapshot.features[:n], np.arange(n))[:, 0]
+        if self._head is not None:
+            self._keys = np.zeros((len(snapshot.features), self._head.dim), np.float32)
+            self._keys[:n] = self._head.project_keys(snapshot.features[:n], np.arange(n))[:, 0]
         self._n_keys, self._attention = n, np.zeros(n, np.float32)
         for layer in self._observed:
             self.observe(layer, None, full_attention(snapshot, layer))
 
     def of_step(self, n_cached: int, token_features: Floats) -> Positions:
-        new = np.arange(self._n_keys, n_cached)
+        seen = np.append(self.sets[-1], n_cached - 1) if self.sets else np.arange(n_cached)
+        survivors = Survivors(seen, np.pad(self._attention, (0, len(seen) - len(self._attention))))
+        selection = select(self._scores(n_cached, token_features), survivors,
+                           repeats(self._ids[:n_cached], int(self._ids[n_cached])), self._policy)
+        self._attention = np.zeros(len(selection.positions), np.float32)
+        return selection.positions
+
+    def _scores(self, n_cached: int, token_features: Floats) -> Floats:
+        if self._head is None:
+            return np.zeros(n_cached, np.float32)
+        new, last = np.arange(self._n_keys, n_cached), np.array([n_cached - 1])
         if len(new):
             self._keys[new] = self._head.project_keys(token_features[new], new)[:, 0]
             self._n_keys = n_cached
-        last = np.array([n_cached - 1])
         query = self._head.project_queries(token_features[last], last)[0, 0]
-        seen = np.append(self.sets[-1], n_cached - 1) if self.sets else np.arange(n_cached)
-        survivors = Survivors(seen, np.pad(self._attention, (0, len(seen) - len(self._attention))))
-        selection = select(self._head.scores(query, self._keys[:n_cached]), survivors, self._policy)
-        self._attention = np.zeros(len(selection.positions), np.float32)
-        return selection.positions
+        return self._head.scores(query, self._keys[:n_cached])
 
     def observe(self, layer: int, chosen: Positions | None, attention: Floats) -> None:
         if layer in self._observed:

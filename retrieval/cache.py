@@ -2,12 +2,13 @@
 
 Up to `from_tokens` it is a dense cache, with a dense cache's results. Beyond, `select` says which tokens the next step
 needs and `bring` has them in the hot buffer. What a step shows of its attention goes into the next set, which
-`look_ahead` chooses and begins to fetch before the step has ended: it depends on no layer beyond the last that is
-observed or gives features, nor on the token that is sampled.
+`look_ahead` foresees and begins to fetch before the step has ended: it depends on no layer beyond the last that is
+observed or gives features. What the sampled token itself repeats is added when that is known.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -32,6 +33,7 @@ from retrieval.graph import Observation
 from retrieval.hot import HotKVCache, slots_for
 from retrieval.masked import MaskedKVCache
 from retrieval.records import Records
+from retrieval.repeats import following, repeats
 from retrieval.selection import Policy, Selection, Survivors
 from retrieval.selectors import PAGE_TOKENS, Halves, Selector
 from retrieval.staged import LayerFile, StagedKVCache, from_records, in_blocks, record_blocks, to_records
@@ -65,12 +67,12 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """What a step lets know of the one after it, which begins at token `start`: its survivors, its set, and of that the
-    `missing` positions that are being fetched."""
+    """What a step lets know of the one after it, which begins at token `start`: its survivors, and the `missing`
+    positions of its likely set, which are being fetched. The set itself waits for the token: what that repeats counts
+    too."""
 
     start: int
     survivors: Survivors
-    chosen: Selection | None
     missing: Positions
     fetch: Fetch | None
 
@@ -83,7 +85,7 @@ class RetrievedKVCache:
         """Without `disk`, the dense cache holds the whole context and is the cold tier. With it, the dense cache holds
         `from_tokens`, and is given back when the text becomes longer."""
         n_slots = slots_for(max(policy.budget, policy.most))
-        observed = self._observed_layers = observed_layers(hp) | selector.key_layers
+        observed = self._observed_layers = selector.key_layers or observed_layers(hp)
         self.context_length = context_length or dense.context_length
         self.from_tokens = max(from_tokens, policy.budget)
         if self.from_tokens > dense.context_length and disk is not None:
@@ -95,6 +97,7 @@ class RetrievedKVCache:
         self.hot = HotKVCache(backend, hp, self.context_length, n_slots, observed)
         self.cold: ColdTier = self._near if disk is None else disk
         self.length = 0
+        self.token_ids = array("i")  # of the text, as far as whoever feeds it says
         self.n_attended: int | None = None  # by the last step, its own tokens apart; None for all of them
         self._aside, self._ahead = Workers(1, "kv-ahead"), list[Future[None]]()
         self._foreseen: Foreseen | None = None
@@ -117,10 +120,14 @@ class RetrievedKVCache:
     # -- a step --------------------------------------------------------------------------------------------------
     def select(self, batch: Batch) -> Selection | None:
         """The set for this step; None where it should look at everything."""
-        foreseen, chooser = self._seen_ahead(), self.chooser
-        if foreseen is not None and foreseen.start == batch.start:
-            return chooser.trusted(foreseen.chosen)
-        return chooser.trusted(chooser.choose(batch.start, chooser.survivors))
+        self._seen_ahead()  # whoever looked ahead uses the selector
+        ids, chooser = self._known_ids(batch.start), self.chooser
+        repeated = None if ids is None else repeats(ids, int(batch.token_ids[0]))
+        return chooser.trusted(chooser.choose(batch.start, chooser.survivors, repeated))
+
+    def _known_ids(self, n_tokens: int) -> NDArray[np.int32] | None:
+        """(n_tokens,); None where somebody has not said them all."""
+        return np.array(self.token_ids, np.int32)[:n_tokens] if len(self.token_ids) >= n_tokens else None
 
     @property
     def foresight_layers(self) -> frozenset[int] | None:
@@ -140,12 +147,14 @@ class RetrievedKVCache:
     def _look_ahead(self, batch: Batch, chosen: Selection) -> None:
         begin_s = perf_counter()
         survivors = self._seen_of_a_step(batch, chosen)
-        following = self.chooser.choose(batch.end, survivors)
+        ids = self._known_ids(batch.start)
+        expected = None if ids is None else following(np.append(ids, batch.token_ids))
+        likely = self.chooser.choose(batch.end, survivors, expected)
         missing, fetch = np.zeros(0, np.int64), None
-        if following is not None:
-            missing, slots = self.hot.look_ahead(following.positions)
+        if likely is not None:
+            missing, slots = self.hot.look_ahead(likely.positions)
             fetch = self._start_fetch(slots, missing)
-        self._foreseen = Foreseen(batch.end, survivors, following, missing, fetch)
+        self._foreseen = Foreseen(batch.end, survivors, missing, fetch)
         self.counts.aside_s += perf_counter() - begin_s
 
     def _seen_ahead(self) -> Foreseen | None:
@@ -269,9 +278,9 @@ class RetrievedKVCache:
 
     def _bring_near(self, end: int) -> None:
         """Beside a step that attends to everything: have what one over a set would attend to in the hot buffer."""
-        following = self.chooser.choose(end, self.chooser.survivors)
-        if following is not None:
-            missing, slots = self.hot.look_ahead(following.positions)
+        likely = self.chooser.choose(end, self.chooser.survivors, None)
+        if likely is not None:
+            missing, slots = self.hot.look_ahead(likely.positions)
             self._near.fetch(self.hot.records, slots, missing)
 
     def gather(self, end: int) -> None:

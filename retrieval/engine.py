@@ -68,7 +68,6 @@ class RetrievalEngine(Engine):
         is_fused = isinstance(self._graphs, FusedGraphs)
         self._hot_graphs = (PartedGraphs if is_fused else BlockwiseGraphs)(backend, arch, kv.hot)
         self._whole_graphs = (FusedGraphs if is_fused else BlockwiseGraphs)(backend, arch, kv.whole or kv.hot)
-        self._token_ids: list[int] = []
         self._begins = True  # a request's first tokens are its prompt, however few
 
     @property
@@ -90,17 +89,19 @@ class RetrievalEngine(Engine):
 
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> Logits:
         """As any engine's. Where what the disk holds of the text turns out damaged, the text is computed anew."""
-        del self._token_ids[self.kv.length:]
+        known = self._retrieved.token_ids
+        del known[self.kv.length:]
         try:
             logits = super().step(token_ids, n_outputs)
         except KVStoreError as error:
-            before = self._token_ids[:]
+            before = np.array(known, np.int32)
             _log.warning("%s; %d tokens are computed anew", error.message, len(before))
             self.kv.truncate(0)
-            if before:
-                super().step(np.array(before, np.int32))
+            if len(before):
+                super().step(before)
             logits = super().step(token_ids, n_outputs)
-        self._token_ids += token_ids.tolist()
+        finally:
+            known.extend(token_ids[:max(0, self.kv.length - len(known))].tolist())  # a step that was stopped has some
         return logits
 
     def _run(self, batches: list[Batch]) -> Logits | None:

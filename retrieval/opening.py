@@ -15,7 +15,7 @@ from edgert.engine.weights import WeightSource
 from edgert.ggml.backend import Backend
 from edgert.memory.kv import KVSizes
 from retrieval.cache import RetrievedKVCache
-from retrieval.choosing import observed_layers
+from retrieval.choosing import page_layers
 from retrieval.engine import RetrievalEngine
 from retrieval.selectors import HeadSelector, PageSelector, Selector
 from retrieval.sizes import policy_for
@@ -47,4 +47,4 @@ def open_selector(hp: Hyperparameters, head: RetrievalHead | None, context_lengt
     if head is not None:
         return HeadSelector(head, context_length, hp.hidden_size)
     _log.warning("this model has no retrieval head: bounds on its keys choose the tokens that a step attends to")
-    return PageSelector(observed_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)
+    return PageSelector(page_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)

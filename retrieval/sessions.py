@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import zlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,7 +125,10 @@ class Session:
         except KVStoreError as error:
             _log.warning("session %s: %s; %d of its tokens are computed again", self.name, error.message,
                          n_tokens - done)
-        return [int(one) for one in self._card.token_ids[:done]]
+        token_ids = [int(one) for one in self._card.token_ids[:done]]
+        if isinstance(kv, RetrievedKVCache):
+            kv.token_ids[:] = array("i", token_ids)
+        return token_ids
 
     def _restore_selector(self, kv: RetrievedKVCache) -> bool:
         if not kv.selector.state_size(1):

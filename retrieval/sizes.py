@@ -7,7 +7,7 @@ from typing import Literal
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.retrieval_head import RetrievalHead
 from edgert.memory.kv import KVSizes
-from retrieval.choosing import observed_layers
+from retrieval.choosing import page_layers
 from retrieval.hot import ring_rows, slots_for
 from retrieval.records import RecordShape
 from retrieval.selection import Policy
@@ -38,6 +38,6 @@ def kv_sizes(hp: Hyperparameters, context_length: int, budget: int, from_tokens:
     waiting = (N_WAITING * strides + 4 * len(shapes) * context_length) if tier == "disk" else 0
     fixed = sum(shape.stride_bytes * rows for shape, rows in shapes.items()) + tables + waiting
     n_features = 1 + (len(head.feature_layers) if head else -1)
-    per_token = 4 * head.n_groups * head.dim if head else len(observed_layers(hp)) * 8 * hp.kv_size / PAGE_TOKENS
+    per_token = 4 * head.n_groups * head.dim if head else len(page_layers(hp)) * 8 * hp.kv_size / PAGE_TOKENS
     return KVSizes(tier, budget, max(from_tokens, budget), fixed, per_token, 4 * hp.kv_size,
                    4 * hp.hidden_size * (1 + n_features), PASSING_TOKENS[weights], BLOCK_TOKENS * strides)

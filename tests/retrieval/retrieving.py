@@ -19,7 +19,7 @@ from edgert.engine.retrieval_head import Floats, Positions
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
 from retrieval.cache import RetrievedKVCache
-from retrieval.choosing import observed_layers
+from retrieval.choosing import page_layers
 from retrieval.engine import RetrievalEngine
 from retrieval.selection import Policy, Selection, Survivors
 from retrieval.selectors import HeadSelector, PageSelector, Selector
@@ -53,7 +53,7 @@ def head_selector(hp: Hyperparameters, context_length: int) -> Selector:
 
 
 def page_selector(hp: Hyperparameters, context_length: int) -> Selector:
-    return PageSelector(observed_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)
+    return PageSelector(page_layers(hp), hp.n_kv_heads, hp.head_dim, context_length)
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def random_tokens(n_tokens: int, seed: int = 0) -> list[int]:
 
 def share_sets(near: RetrievalEngine, far: RetrievalEngine) -> None:
     """Let both attend to the same sets, which move through the text."""
-    def choose(n_tokens: int, survivors: Survivors | None) -> Selection:
+    def choose(n_tokens: int, survivors: Survivors | None, repeated: Floats | None) -> Selection:
         rng = np.random.default_rng(n_tokens)
         recent = np.arange(n_tokens - 20, n_tokens)
         return Selection(np.unique([0, 1, *rng.choice(n_tokens, 40), *recent]).astype(np.int64), 1.0, True)

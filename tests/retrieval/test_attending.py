@@ -160,6 +160,29 @@ def test_steps_attend_to_no_more_than_their_budget_and_fetch_only_what_differs(t
         assert 0 < counts.n_fetched - first < 21 * 96
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_followed_the_texts_end_when_it_stood_there_before_is_in_the_set(tiny_model: TinyModel, tmp_path: Path,
+                                                                              on_disk: bool) -> None:
+    prompt = [token % 290 for token in random_tokens(N_PROMPT)]
+    prompt[100:103] = [295, 296, 297]
+    policy = Policy(96, n_recent=16, least_mass=0.0)
+    with open_retrieving(tiny_model("llama"), tmp_path if on_disk else None, policy=policy) as engine:
+        kv = engine._retrieved
+        inner, sets = kv.bring, list[set[int]]()
+
+        def bring(chosen: Any, batch: Any) -> None:
+            sets.append({*chosen.positions.tolist()})
+            inner(chosen, batch)
+
+        kv.bring = bring  # type: ignore[method-assign]
+        answer(engine, prompt, 2)
+        engine.kv.truncate(N_PROMPT)  # the two tokens were guesses
+        for token in (295, 296):
+            engine.step(np.array([token], np.int32))
+        assert {102, 103, 104} <= sets[-1]
+        assert list(kv.token_ids) == [*prompt, 295, 296]
+
+
 def test_guessed_tokens_that_were_wrong_leave_nothing_behind(tiny_model: TinyModel, tmp_path: Path) -> None:
     path, prompt = tiny_model("gemma3"), random_tokens(N_PROMPT)
     tails = []

@@ -31,6 +31,7 @@ try:
     import longcontext
     import longcontext_items as items
     from longcontext_model import SparseModel
+    from longcontext_results import Journal, Outcome, Place, summary
     from longcontext_selectors import Chance, Full, OneSet, Oracle, Quest, SnapKV, Streaming, with_best
 finally:
     sys.path.remove(_BENCHMARKS)
@@ -147,8 +148,39 @@ def test_no_template_is_one_that_heads_are_trained_with() -> None:
 
 
 def test_intervals_and_cells_without_figures() -> None:
-    assert longcontext.summary([1.0, 1.0, 1.0]) == (1.0, 0.0)
-    mean, half = longcontext.summary([0.0, 1.0, float("nan")])
+    assert summary([1.0, 1.0, 1.0]) == (1.0, 0.0)
+    mean, half = summary([0.0, 1.0, float("nan")])
     assert mean == 0.5 and half == pytest.approx(0.98, abs=0.01)
-    assert np.isnan(longcontext.summary([float("nan")])[0])
+    assert np.isnan(summary([float("nan")])[0])
     assert issubclass(Oracle, OneSet)
+
+
+def test_questions_about_one_context_differ_and_the_context_does_not() -> None:
+    texts = items.Texts(_PROSE, _PROSE)
+    asked = [longcontext.item_of("shared", texts, _encode, 2500, 1, index) for index in range(11)]
+    assert all(np.array_equal(one.context, asked[0].context) for one in asked[:10])
+    assert len({one.steps for one in asked[:10]}) == 10
+    assert len({one.critical for one in asked[:10]}) == 10
+    assert not np.array_equal(asked[10].context, asked[0].context)
+
+
+def test_a_comparison_goes_on_where_its_file_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, settings = tmp_path / "found.jsonl", {"context": 4096}
+    found = Outcome(0.25, 0.5, 0.01, float("nan"), 1.0)
+    Journal(file, settings).add(Place("prose", 0, 3), {("ours", 256): found})
+    again = Journal(file, settings)
+    again.add(Place("prose", 1, 3), {("ours", 256): found, ("quest", 256): found})
+    assert set(Journal(file, settings).outcomes) == {Place("prose", 0, 3), Place("prose", 1, 3)}
+    Journal(file, settings).print_task("prose", ["ours", "quest"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[-2][:4] == ["ours", "256", "2", "0.250"] and rows[-1][:4] == ["quest", "256", "1", "0.250"]
+    assert "+1.01" in rows[-2] and "-" in rows[-2]  # perplexity in per cent; no answer was asked for
+    with pytest.raises(SystemExit, match="another comparison"):
+        Journal(file, {"context": 8192})
+
+
+def test_every_task_has_items_soon_and_contexts_are_not_torn() -> None:
+    ordered = longcontext.places(["prose", "shared"], 2, 20)
+    assert {(one.task, one.seed) for one in ordered[:40]} == {(t, s) for t in ("prose", "shared") for s in (0, 1)}
+    assert [one.index for one in ordered if one.task == "shared" and one.seed == 1] == [*range(20)]
+    assert len({*ordered}) == 80

@@ -18,6 +18,7 @@ from edgert.engine.engine import Engine
 from edgert.errors import KVStoreError, NoSpace, UsageError
 from edgert.gguf.model_file import ModelFile
 from retrieval import sessions
+from retrieval.cache import RetrievedKVCache
 from retrieval.selection import Policy
 from retrieval.session_card import SessionCard
 from retrieval.sessions import Session, forget_oldest, list_sessions, remove_session
@@ -57,6 +58,8 @@ def test_a_restored_text_goes_on_with_the_logits_of_one_that_never_stopped(
         assert session.conversation == {"turn": 1}
         assert session.restore(engine.kv, engine.backend) == [*PROMPT, *SAID]
         assert engine.kv.length == len(PROMPT) + len(SAID)
+        if isinstance(engine.kv, RetrievedKVCache):
+            assert list(engine.kv.token_ids) == [*PROMPT, *SAID], "what repeats is found in what was restored"
         engine.refresh()
         assert np.array_equal(answer(engine, [5, 6, 7], 5), expected)
 

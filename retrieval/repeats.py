@@ -1,0 +1,39 @@
+"""Where the text has been before: cached tokens that followed what the step reads now. Pure, and free of training.
+
+A model that copies, answers or goes on with a phrase attends to what came *after* an earlier occurrence of the last
+tokens (induction heads, arXiv 2209.11895). Token ids alone say where that is; a head of 64 values can only guess it.
+On SmolLM2 at 4k, a set of 128 with it gives as many of a fact's tokens as full attention (without it 0.75 of them).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+_MAX_LENGTH = 4  # of a match, in tokens; longer ones say no more
+_GROWTH = 4.0  # a match one token longer counts so many times as much
+# What follows a match is looked at too, each token so much less: an answer's next tokens are there. One token alone is
+# met everywhere, and brings no more than the next.
+_N_AHEAD, _FADE = 8, 0.8
+
+
+def repeats(token_ids: NDArray[np.int32], token_id: int) -> Floats:
+    """(n,) of n cached tokens' ids and that of the token that is read: how much each continues the text's end."""
+    n = len(token_ids)
+    strength = np.zeros(n, np.float32)
+    at = np.flatnonzero(token_ids[:max(0, n - 1)] == token_id)  # where a match begins
+    for length in range(1, _MAX_LENGTH + 1):
+        for ahead in range(1 if length == 1 else _N_AHEAD + 1):
+            after = at + (length + ahead)
+            strength[after[after < n]] += np.float32(_GROWTH ** (length - 1) * _FADE ** ahead)
+        if length >= n:
+            break
+        at = at[at > 0] - 1
+        at = at[token_ids[at] == token_ids[n - length]]
+    return strength
+
+
+def following(token_ids: NDArray[np.int32]) -> Floats:
+    """(n,) of a text's ids: what the step after its last token will find to repeat it, should that go on as before."""
+    return np.append(np.float32(0), repeats(token_ids[:-1], int(token_ids[-1])))
