@@ -86,6 +86,12 @@ def test_the_table_fits_80_columns(edgert: Edgert, tiny_model: TinyModel) -> Non
     assert "measuring this device" in outcome.err
 
 
+def test_the_table_says_how_many_tokens_are_attended(edgert: Edgert, tiny_model: TinyModel) -> None:
+    outcome = edgert("plan", tiny_model("llama"), "--memory", "2G", "--context", "4096", "--kv-budget", "128")
+    assert "4096 tokens; 128 attended from 2048 on" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
+
+
 def test_the_second_plan_measures_nothing(edgert: Edgert, tiny_model: TinyModel,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_model("llama")
