@@ -115,7 +115,7 @@ def scatter(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
 def times(models: Sequence[Path], directory: Path) -> list[dict[str, Any]]:
     """Whole processes of `edgert plan`: the first on a device, which measures it and rehearses the model, and the next;
     their difference is the calibration."""
-    rows = []
+    rows = list[dict[str, Any]]()
     print(f"{'model':<40} {'first':>7} {'then':>7}")
     for model in models:
         home = directory / f"times-{model.stem}"
