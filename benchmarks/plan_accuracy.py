@@ -33,7 +33,7 @@ _MIB = 2**20
 # (model to budget, context, tokens of the prompt, bound on the disk in MB/s); prompts fill a part of a batch, and with
 # it the compute buffers.
 Row = tuple[float, int, int, int]
-_SMALL: tuple[Row, ...] = ((0.25, 512, 448, 0), (0.25, 4096, 2048, 0), (0.25, 8192, 4096, 0), (1.0, 1024, 512, 0),
+_SMALL: tuple[Row, ...] = ((0.25, 512, 448, 0), (0.25, 2048, 1984, 0), (0.25, 8192, 4096, 0), (1.0, 1024, 512, 0),
                            (1.2, 512, 448, 200))
 _MEDIUM: tuple[Row, ...] = ((0.6, 2048, 512, 0), (1.0, 1024, 512, 0), (1.5, 2048, 512, 0), (1.5, 8192, 1024, 0),
                             (2.0, 1024, 512, 0), (2.0, 1024, 512, 400), (2.5, 512, 448, 0))
@@ -62,7 +62,7 @@ def calibrate(cases: Sequence[Case], homes: Mapping[int, Path]) -> None:
 def measure(cases: Sequence[Case], homes: Mapping[int, Path]) -> list[dict[str, Any]]:
     results = []
     print(f"{'case':<42} {'tok/s':>7} {'pred.':>7} {'err':>6} {'now':>6} {'drift':>6}  {'peak':>5} {'pred.':>5} "
-          f"{'err':>6}  {'prefill':>7} {'pred.':>6}  limit")
+          f"{'err':>6}  {'prefill':>7} {'pred.':>6}  limit", flush=True)
     for case in cases:
         found = plan_cases.run(case, homes)
         if found is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -53,7 +53,7 @@ _N_CACHED, _N_CELLS = (0, 255, 1023, 4095), 4096
 _LEAST_PASSES, _PASSES_S, _MOST_PASSES_S = 3, 0.25, 0.5
 _SLOW_S, _FEW_CACHED = 0.1, (0, 1023)
 LONG_S = 0.3
-_QUARTER = 4
+_LAYERS_TO_A_MISS = 4
 # Reads at a time, and how far apart: what a disk reads ahead is nobody's expert.
 _N_READS, _STRIDE = 8, 37
 
@@ -106,16 +106,14 @@ class _TakesLong(Exception):
 
 
 def _misses(cast: _Cast, found_s: float) -> dict[int, float]:
-    """What misses add to a pass: one in a quarter of the layers, in every layer, and all. Few may cost next to nothing
-    where many wait for the disk's bandwidth. Nothing where the disk is too slow to be tried."""
+    """What misses add to a pass: one in some layers, in every layer, and all. Few may cost next to nothing where many
+    wait for the disk's bandwidth; what a slow disk makes too long, is left out. Nothing where that is all."""
     n_layers, n_used = cast.shape.n_layers, cast.shape.n_experts_used
     misses_s = {0: 0.0}
-    try:
-        for n_missed in sorted({max(1, n_layers // _QUARTER), n_layers, n_layers * n_used}):
+    with suppress(_TakesLong):
+        for n_missed in sorted({max(1, n_layers // _LAYERS_TO_A_MISS), n_layers, n_layers * n_used}):
             misses_s[n_missed] = max(*misses_s.values(), _blocks_s(cast, 0, n_missed) - found_s)
-    except _TakesLong:
-        return {}
-    return misses_s
+    return misses_s if len(misses_s) > 1 else {}
 
 
 def _blocks_s(cast: _Cast, n_cached: int, n_missed: int = 0) -> float:
