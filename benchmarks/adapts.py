@@ -31,10 +31,10 @@ from apps.bench.control_group import drop_page_cache, is_possible, run_limited
 if TYPE_CHECKING:
     from edgert import Runtime
 
-_TIMEOUT_S = 400.0
+_TIMEOUT_S = 900.0
 _GROUP_SHARE, _NEIGHBOUR_SHARE, _N_STEPS = 1.1, 0.3, 30
 _STEP_S, _PHASE_S, _SETTLE_S = 0.15, 8.0, 3.0
-_FIRST_TOKENS, _CONTEXT, _STRETCH = 1024, 8192, 1024
+_STRETCH = 1024
 _ANSWER_TOKENS = 32  # at the end of each stretch
 _SHARE_OF_WEIGHTS = 0.25  # pinned when the context is full
 # Grows by as many bytes as each line says.
@@ -114,10 +114,10 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     stretches = []
-    with _opened(args, _CONTEXT, args.trace) as runtime:
+    with _opened(args, args.context, args.trace) as runtime:
         engine = runtime.engine
-        while (length := engine.kv.length) < _CONTEXT:
-            n_prompt = min(_STRETCH if length else _FIRST_TOKENS, _CONTEXT - length) - _ANSWER_TOKENS
+        while (length := engine.kv.length) < args.context:
+            n_prompt = min(_STRETCH, args.context - length) - _ANSWER_TOKENS
             start = time.perf_counter()
             logits, times = engine.step(_prompt(length, n_prompt)), [time.perf_counter()]
             for _ in range(_ANSWER_TOKENS):
@@ -150,7 +150,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     from edgert.paths import Paths
     from edgert.planning import EngineOptions, Planning
 
-    options = EngineOptions(None, _CONTEXT, usable_cores(), speculate="off", kv_budget="full")
+    options = EngineOptions(None, args.context, usable_cores(), speculate="off", kv_budget="full")
     with Planning.open(args.model, Paths.of_user(), options) as planning:
         planning.calibrate()
         shape = planning.demand.shape
@@ -161,6 +161,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
 def _run(args: argparse.Namespace, kind: str, limit_bytes: int, home: Path) -> tuple[dict[str, Any], int, int]:
     """What the child found, the group's peak and its kills."""
     command = [sys.executable, __file__, kind, str(args.model), "--child", "--trace", str(home / "trace.json"),
+               "--context", str(args.context),
                *(["--memory", str(args.memory)] if args.memory else [])]
     drop_page_cache()
     outcome = run_limited(command, limit_bytes, _TIMEOUT_S, environment={"EDGERT_HOME": str(home)})
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("what", choices=("neighbour", "context", "calibrate"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--memory", type=parse_bytes)
+    parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -81,10 +81,12 @@ def measure(cases: Sequence[Case], homes: Mapping[int, Path]) -> list[dict[str, 
 
 
 def _line(found: Mapping[str, Any]) -> str:
+    hits = f"; experts found {found['hit_rate']:.0%}, pred. {found['predicted_hit_rate']:.0%}" \
+        if found["sizes"]["pool_slots"] else ""
     return (f"{found['case']:<42} {found['tok_s']:7.2f} {found['predicted_tok_s']:7.2f} {found['speed_error']:+6.0%} "
             f"{found['speed_error_now']:+6.0%} {found['drift']:+6.0%}  "
             f"{found['peak_bytes'] >> 20:5} {found['predicted_peak_bytes'] >> 20:5} {found['memory_error']:+6.1%}  "
-            f"{found['prefill_s']:6.1f}s {found['predicted_prefill_s']:5.1f}s  {found['limit']}")
+            f"{found['prefill_s']:6.1f}s {found['predicted_prefill_s']:5.1f}s  {found['limit']}{hits}")
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> None:
