@@ -50,8 +50,8 @@ def test_every_family_is_rehearsed_and_only_experts_are_read(tiny_model: TinyMod
 
 
 @pytest.mark.parametrize("family", ["qwen3moe", "smallthinker"])
-def test_all_experts_are_found_or_one_of_some_layers_is_missed_or_one_of_each_or_all(tiny_model: TinyModel, family: str,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_experts_are_found_or_one_of_some_layers_is_missed_or_one_of_each_or_all(
+        tiny_model: TinyModel, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pools, missed, make = [], [], rehearsal._pool
 
     def keep(*given: object) -> object:
