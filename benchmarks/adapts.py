@@ -1,12 +1,14 @@
 """How a streaming model adapts: to a neighbour that takes its memory, and to a context that grows. Needs root.
 
     python benchmarks/adapts.py neighbour MODEL.gguf --memory 420M     speed falls as predicted, and returns
-    python benchmarks/adapts.py context MODEL.gguf --memory 320M       from 1k to 8k tokens in one conversation
+    python benchmarks/adapts.py context MODEL.gguf                     from 1k to 8k tokens in one conversation
 
 In a control group, from a cold page cache, on a device that is calibrated before. `neighbour`: a process in the same
 group of 1.1 budgets grows by 30 % of the budget in steps, stays, and leaves; for each time the figures are medians of
-tokens per second, beside what the model predicts for what was then in memory. `context`: each line is a stretch of the
-conversation, with what was pinned; the thresholds that were passed come from the trace.
+tokens per second, beside what the model predicts for what was then in memory. `context`: keys and values stay whole in
+memory, and the budget, unless it is given, is a quarter of the weights more than the full context needs at the least.
+Each line is a stretch of the conversation, with what was pinned and what is predicted for it; the thresholds that were
+passed come from the trace.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +31,12 @@ from apps.bench.control_group import drop_page_cache, is_possible, run_limited
 if TYPE_CHECKING:
     from edgert import Runtime
 
-_TIMEOUT_S = 400.0
+_TIMEOUT_S = 900.0
 _GROUP_SHARE, _NEIGHBOUR_SHARE, _N_STEPS = 1.1, 0.3, 30
 _STEP_S, _PHASE_S, _SETTLE_S = 0.15, 8.0, 3.0
-_FIRST_TOKENS, _CONTEXT, _STRETCH = 1024, 8192, 1024
-_ANSWER_TOKENS = 64  # at the end of each stretch
+_STRETCH = 1024
+_ANSWER_TOKENS = 32  # at the end of each stretch
+_SHARE_OF_WEIGHTS = 0.25  # pinned when the context is full
 # Grows by as many bytes as each line says.
 _GROW = """
 import sys
@@ -65,18 +69,22 @@ def neighbour(args: argparse.Namespace) -> dict[str, Any]:
 
 def _phase(runtime: Runtime, tokens: Iterator[float]) -> dict[str, float]:
     """Speed for some seconds, and what is predicted for what is in memory meanwhile."""
+    times, forecast = _answer(tokens, _PHASE_S), runtime.forecast
+    assert forecast is not None and forecast.governor is not None
+    return {"tok_s": 1 / statistics.median(times), "predicted_tok_s": 1 / _expected_s(runtime),
+            "given_mib": forecast.governor.given_bytes >> 20, "pinned_mib": runtime.engine.weights.pinned_bytes >> 20}
+
+
+def _expected_s(runtime: Runtime) -> float:
+    """Predicted seconds of a token with what is in memory now."""
     from edgert.memory.model import predict
 
-    times = _answer(tokens, _PHASE_S)
-    forecast, n_tokens = runtime.forecast, runtime.engine.kv.length
-    assert forecast is not None and forecast.governor is not None
-    weights: Any = runtime.engine.weights
+    forecast, n_tokens, weights = runtime.forecast, runtime.engine.kv.length, runtime.engine.weights
+    assert forecast is not None
     planning, sizes = forecast.planning, forecast.plan.sizes_at(n_tokens)
-    sizes = replace(sizes, pinned_bytes=weights.pinned_bytes,
-                    pool_slots=weights.plan().get("expert_slots", sizes.pool_slots), window_bytes=weights.window_bytes)
-    expected = predict(planning.demand.shape, planning.profile, sizes, 1, n_tokens, curve=planning.demand.curve)
-    return {"tok_s": 1 / statistics.median(times), "predicted_tok_s": 1 / expected.total_s,
-            "given_mib": forecast.governor.given_bytes >> 20, "pinned_mib": weights.pinned_bytes >> 20}
+    sizes = replace(sizes, pinned_bytes=weights.pinned_bytes, window_bytes=getattr(weights, "window_bytes", 0),
+                    pool_slots=weights.plan().get("expert_slots", sizes.pool_slots))
+    return predict(planning.demand.shape, planning.profile, sizes, 1, n_tokens, curve=planning.demand.curve).total_s
 
 
 def _answer(tokens: Iterator[float], seconds: float) -> list[float]:
@@ -106,16 +114,18 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     stretches = []
-    with _opened(args, _CONTEXT, args.trace) as runtime:
+    with _opened(args, args.context, args.trace) as runtime:
         engine = runtime.engine
-        while (length := engine.kv.length) < _CONTEXT:
-            n_prompt = min(_STRETCH if length else _FIRST_TOKENS, _CONTEXT - length) - _ANSWER_TOKENS
-            logits = engine.step(_prompt(length, n_prompt))
+        while (length := engine.kv.length) < args.context:
+            n_prompt = min(_STRETCH, args.context - length) - _ANSWER_TOKENS
             start = time.perf_counter()
+            logits, times = engine.step(_prompt(length, n_prompt)), [time.perf_counter()]
             for _ in range(_ANSWER_TOKENS):
                 logits = engine.step(np.array([int(logits[-1].argmax())], np.int32))
+                times.append(time.perf_counter())
             stretches.append({"tokens": engine.kv.length, "pinned_mib": engine.weights.pinned_bytes >> 20,
-                              "tok_s": _ANSWER_TOKENS / (time.perf_counter() - start)})
+                              "tok_s": 1 / statistics.median(b - a for a, b in pairwise(times)),
+                              "predicted_tok_s": 1 / _expected_s(runtime), "prompt_s": times[0] - start})
     events = json.loads(args.trace.read_text())["traceEvents"]
     return {"stretches": stretches, "thresholds": [event["name"] for event in events
                                                    if event["name"].startswith("pin ")]}
@@ -131,23 +141,28 @@ def _opened(args: argparse.Namespace, context_length: int, trace: Path | None = 
     from edgert import Runtime
 
     return Runtime.load(args.model, memory=args.memory, context=context_length, speculate="off", learn=False,
-                        trace=trace)
+                        kv_budget="full", trace=trace)
 
 
 def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     from edgert.cpu import usable_cores
+    from edgert.memory.planner import smallest_budget
     from edgert.paths import Paths
     from edgert.planning import EngineOptions, Planning
 
-    with Planning.open(args.model, Paths.of_user(), EngineOptions(None, 1024, usable_cores())) as planning:
+    options = EngineOptions(None, args.context, usable_cores(), speculate="off", kv_budget="full")
+    with Planning.open(args.model, Paths.of_user(), options) as planning:
         planning.calibrate()
-    return {}
+        shape = planning.demand.shape
+        weights_bytes = shape.small_bytes + shape.large_bytes
+        return {"budget_bytes": smallest_budget(planning.demand) + int(weights_bytes * _SHARE_OF_WEIGHTS)}
 
 
 def _run(args: argparse.Namespace, kind: str, limit_bytes: int, home: Path) -> tuple[dict[str, Any], int, int]:
     """What the child found, the group's peak and its kills."""
-    command = [sys.executable, __file__, kind, str(args.model), "--memory", str(args.memory), "--child",
-               "--trace", str(home / "trace.json")]
+    command = [sys.executable, __file__, kind, str(args.model), "--child", "--trace", str(home / "trace.json"),
+               "--context", str(args.context),
+               *(["--memory", str(args.memory)] if args.memory else [])]
     drop_page_cache()
     outcome = run_limited(command, limit_bytes, _TIMEOUT_S, environment={"EDGERT_HOME": str(home)})
     if outcome.returncode:
@@ -161,7 +176,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("neighbour", "context", "calibrate"))
     parser.add_argument("model", type=Path)
-    parser.add_argument("--memory", type=parse_bytes, required=True)
+    parser.add_argument("--memory", type=parse_bytes)
+    parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -172,7 +188,8 @@ def main() -> None:
         raise SystemExit("this needs root and a writable memory control group")
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        _run(args, "calibrate", 8 * 2**30, home)
+        told, *_ = _run(args, "calibrate", 8 * 2**30, home)
+        args.memory = args.memory or told["budget_bytes"]
         limit_bytes = int(args.memory * (_GROUP_SHARE if args.what == "neighbour" else 1.0))
         found, peak_bytes, n_kills = _run(args, args.what, limit_bytes, home)
     rows = found.items() if args.what == "neighbour" else [(row.pop("tokens"), row) for row in found["stretches"]]

@@ -37,8 +37,8 @@ from edgert.engine.layouts import Layouts
 from edgert.engine.resident import ResidentWeights
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
+from edgert.kv_tiers import head_of
 from edgert.paths import Paths
-from edgert.planning import head_of
 from edgert.text.tokenizer import Tokenizer
 from retrieval.cache import Counts
 from retrieval.engine import RetrievalEngine

@@ -7,11 +7,9 @@ stops here; `Runtime` goes on and opens what the plan says.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -20,23 +18,21 @@ from edgert.architectures.base import MAX_CONTEXT, Architecture
 from edgert.architectures.registry import open_architecture
 from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.calibration import calibrate
-from edgert.engine.expert_graphs import Choice
 from edgert.engine.kv_cache import DenseKVCache, KVType, kv_bytes_per_token
 from edgert.engine.layouts import LayoutChoice, Layouts, choose_layouts
 from edgert.engine.retrieval_head import RetrievalHead
-from edgert.engine.scratch import FfnParts
 from edgert.errors import UsageError
 from edgert.ggml.backend import Backend
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
+from edgert.kv_tiers import head_of, with_kv
 from edgert.memory.demand_store import DemandStore
-from edgert.memory.kv import KVSizes
-from edgert.memory.model import HIT_CURVE, Sizes, kv_bytes, predict
-from edgert.memory.planner import Demand, Plan, default_context, make_plan, smallest_budget
+from edgert.memory.model import HIT_CURVE, Sizes, predict
+from edgert.memory.planner import Demand, Plan, default_context, make_plan
 from edgert.memory.probe import MemoryProbe
 from edgert.memory.profile import DeviceProfile, HitCurve, Part
 from edgert.memory.profile_store import ProfileStore
-from edgert.memory.shape import ModelShape
+from edgert.model_shape import shape_of
 from edgert.paths import Paths
 from edgert.speculation import MAX_PASS_TOKENS, Speculate
 from edgert.text.tokenizer import Tokenizer
@@ -53,10 +49,6 @@ _SHARE_OF_AVAILABLE = 0.9
 # The first calibration of a device: kernels, then the disk; and 1-3 s for a rehearsal. Together under 10 s.
 _KERNELS_S, _DISK_S = 5.0, 1.5
 _REHEARSAL_SHARE = 0.25  # of the memory that is left
-# KV of the whole context may take this share of a memory budget before steps attend to a set of tokens.
-_MOST_KV_SHARE = 1 / 3
-# Sets that are tried where the memory manager decides, and the smallest that a user may ask for.
-_KV_BUDGETS, _LEAST_KV_BUDGET = (512, 256, 128), 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,39 +117,8 @@ class Planning:
             if not is_shard:
                 DemandStore(paths.cache / "demands.json").save(file.path, self.demand, *self.keys)
                 self.head = head_of(file, self.arch, paths)
-                self.demand = self._with_kv()
+                self.demand = with_kv(self.demand, options, self.arch, self.head, self.budget_bytes)
             self._opened = opened.pop_all()
-
-    def _with_kv(self) -> Demand:
-        """The demand with the cache that is asked for, or that fits: dense wherever it leaves the weights their room.
-
-        Retrieved KV is exact up to a length and close beyond it, so nothing but `--kv-budget` or a memory budget that
-        the whole context's KV would fill brings it about.
-        """
-        asked, demand = self.options.kv_budget, self.demand
-        if asked == "full" or (asked is None and not self._is_crowded(demand)):
-            return demand
-        check_kv(self.options, self.arch, self.kv.context_length)
-        tries = [replace(demand, shape=replace(demand.shape, kv=sizes)) for sizes in self._kv_sizes(asked)]
-        return next((one for one in tries if smallest_budget(one) <= self.budget_bytes), tries[-1] if asked else demand)
-
-    def _is_crowded(self, demand: Demand) -> bool:
-        if self.options.memory_bytes is None or self.options.kv_type != "f16":
-            return False
-        dense = kv_bytes(demand.shape, demand.context_length)
-        return dense > _MOST_KV_SHARE * self.budget_bytes or smallest_budget(demand) > self.budget_bytes
-
-    def _kv_sizes(self, asked: int | None) -> Iterator[KVSizes]:
-        """Caches from the largest to the smallest; in memory only where the whole context has room."""
-        from retrieval.sizes import FROM_TOKENS, kv_sizes
-
-        hp, context, head = self.arch.hp, self.kv.context_length, self.head
-        weights: Literal["resident", "streamed"] = "resident" if self.options.memory_bytes is None else "streamed"
-        if asked and not self._is_crowded(self.demand) and smallest_budget(self.demand) <= self.budget_bytes:
-            yield kv_sizes(hp, context, asked, FROM_TOKENS, "memory", head, weights)
-        for budget in (asked,) if asked else _KV_BUDGETS:
-            for from_tokens in (FROM_TOKENS, FROM_TOKENS // 2, budget):
-                yield kv_sizes(hp, context, budget, from_tokens, "disk", head, weights)
 
     @classmethod
     def open(cls, path: Path, paths: Paths, options: EngineOptions) -> Self:
@@ -182,11 +143,11 @@ class Planning:
         types = {*self.demand.shape.matrix_bytes, *self.demand.shape.head_bytes, *self.demand.shape.expert_bytes}
         profile = calibrate(self.backend, known, types, self.arch.hp.head_dim, _KERNELS_S)
         profile = replace(profile, curves=curves, disk=disk or measure_disk(self.file.path, _DISK_S))
-        self.profile = self._rehearsed(profile)
+        self.profile = self.rehearsed(profile)
         if self.profile != known:
             self._store.save(*self.keys, self.profile)
 
-    def _rehearsed(self, profile: DeviceProfile) -> DeviceProfile:
+    def rehearsed(self, profile: DeviceProfile) -> DeviceProfile:
         """With this model's pass of one token, unless that was rehearsed before, or would take long."""
         from offload.rehearsal import LONG_S, rehearse
 
@@ -236,57 +197,6 @@ class Planning:
         self.close()
 
 
-def shape_of(file: ModelFile, arch: Architecture, pieces: Sequence[Piece], kv_type: KVType) -> ModelShape:
-    """The model as the memory manager sees it."""
-    from offload.expert_layout import PoolShape, least_slots, split_experts
-    from offload.residency import always_pinned, block_bytes
-
-    hp, (static, of_experts) = arch.hp, split_experts(pieces)
-    small, large = ([p for p in static if always_pinned(p) == stays] for stays in (True, False))
-    matrices, head, experts = Counter[int](), Counter[int](), Counter[int]()
-    in_parts = any(piece.block.kind == "ffn" and piece.block.part for piece in pieces)
-    for piece in pieces:
-        if piece.spec.use != "vector":
-            group = head if piece.block.kind == "output" else experts if piece in of_experts else matrices
-            group[piece.type_id] += piece.n_bytes
-    return ModelShape(
-        file_bytes=file.file_bytes, small_bytes=sum(p.slot_bytes for p in small),
-        large_bytes=sum(p.slot_bytes for p in large), largest_block_bytes=max(block_bytes(large).values(), default=0),
-        largest_piece_bytes=max((p.slot_bytes for p in large), default=0), matrix_bytes=dict(matrices),
-        head_bytes=dict(head), expert_bytes=dict(experts), n_layers=hp.n_layers, n_heads=hp.n_heads,
-        n_kv_heads=hp.n_kv_heads, head_dim=hp.head_dim, kv_bytes_per_token=kv_bytes_per_token(hp, kv_type),
-        hidden_bytes_per_token=4 * (hp.hidden_size + hp.carried_size) + in_parts * FfnParts.bytes_per_token(hp),
-        n_experts=hp.n_experts,
-        n_experts_used=hp.n_experts_used, slot_bytes=PoolShape.of(of_experts).slot_bytes if of_experts else 0,
-        least_slots=least_slots(hp) if of_experts else 0,
-        kept_bytes_per_token=Choice.size_bytes(hp, 1) if of_experts else 0, window=hp.window,
-        n_window_layers=len(hp.window_layers), context_length=hp.context_length,
-        repackable_bytes=dict(matrices + head + experts), foresees=bool(hp.carried_size), key=_key(arch, pieces))
-
-
-def _key(arch: Architecture, pieces: Sequence[Piece]) -> str:
-    """The same for models whose passes cost the same: names, shapes and types of all tensors."""
-    parts = sorted((piece.spec.name, piece.first_row, piece.shape, piece.type_id) for piece in pieces)
-    return f"{arch.hp.architecture}-{sha256(repr(parts).encode()).hexdigest()[:16]}"
-
-
-def head_of(file: ModelFile, arch: Architecture, paths: Paths) -> RetrievalHead | None:
-    """The retrieval head that was distilled from this file, if there is one."""
-    from retrieval.head import find_head
-
-    return find_head(file, arch.hp, [paths.heads])
-
-
-def check_kv(options: EngineOptions, arch: Architecture, context_length: int) -> None:
-    """Raises UsageError where steps cannot attend to a set of tokens."""
-    if options.kv_type != "f16":
-        raise UsageError(f"--kv-budget needs keys and values in f16, not {options.kv_type}", "Leave out --kv-type.")
-    if len(arch.hp.window_layers) == arch.hp.n_layers:
-        raise UsageError("every layer of this model sees a window only", "Leave out --kv-budget.")
-    if isinstance(options.kv_budget, int) and options.kv_budget < _LEAST_KV_BUDGET:
-        raise UsageError(f"--kv-budget {options.kv_budget} is too few tokens", f"At least {_LEAST_KV_BUDGET}, or full.")
-
-
 def check_options(options: EngineOptions) -> None:
     """Raises UsageError for sizes that make no sense."""
     if not 1 <= options.batch_size <= _MAX_BATCH:
@@ -312,4 +222,3 @@ def context_length_of(arch: Architecture, options: EngineOptions) -> int:
     if options.context > trained:
         _log.warning("the model was trained for %d tokens; --context %d goes beyond", trained, options.context)
     return options.context
-

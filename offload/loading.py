@@ -146,7 +146,8 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: 
                 trace: Trace = OFF) -> WindowWeights:
     """Weights of the plan's sizes, at the stage with the shortest context. Raises ModelFileError, OutOfMemory."""
     static, experts = split_experts(pieces)
-    residency = choose(static, plan.stages[0].pinned_bytes, plan.sizes.window_bytes)
+    residency = choose(static, plan.stages[0].pinned_bytes, plan.sizes.window_bytes,
+                       [stage.pinned_bytes for stage in plan.stages[1:]])
     pool = (PoolShape.of(experts), plan.sizes.pool_slots) if experts else None
     pool_bytes = pool[1] * pool[0].slot_bytes if pool else 0
     _log_plan(residency, plan, pool_bytes)

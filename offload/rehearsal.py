@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -19,6 +19,7 @@ from statistics import median
 import numpy as np
 
 from edgert.architectures.base import Architecture
+from edgert.cpu import largest_cache_bytes
 from edgert.engine.batch import Batch
 from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.calibration import bytes_like_weights
@@ -41,14 +42,18 @@ from offload.experts import ExpertPool
 from offload.loading import Headers
 from offload.residency import Piece, cut
 
-# Beyond what is multiplied at once: more than a cache holds between a byte's use and its next.
-_BEYOND_CACHES_BYTES = 64 * 2**20
+# Memory that is gone round, in largest caches: with 2, a part is still found there, and a token of a model with experts
+# took 23.6 ms instead of 25.9. The least that tells anything, and the most.
+_RING_CACHES, _LEAST_RING_BYTES, _MOST_RING_BYTES = 8, 64 * 2**20, 512 * 2**20
 # Tokens in the cache: attention costs more for each of the first than of later ones, which its threads share; and more
 # again once a layer's keys and values, which each head reads, exceed a core's cache (of 1 MiB, with 4096 tokens).
 _N_CACHED, _N_CELLS = (0, 255, 1023, 4095), 4096
-# The median of some passes. The first builds graphs, and does not count.
-_LEAST_PASSES, _PASSES_S = 3, 0.25
-LONG_S = 1.0
+# The median of some passes, of which the first, which builds graphs, does not count; of long ones, of fewer passes with
+# fewer lengths, so that all of it takes some 3 s.
+_LEAST_PASSES, _PASSES_S, _MOST_PASSES_S = 3, 0.25, 0.5
+_SLOW_S, _FEW_CACHED = 0.1, (0, 1023)
+LONG_S = 0.3
+_LAYERS_TO_A_MISS = 4
 # Reads at a time, and how far apart: what a disk reads ahead is nobody's expert.
 _N_READS, _STRIDE = 8, 37
 
@@ -70,25 +75,30 @@ class _Cast:
 def rehearse(backend: Backend, model: ModelFile, arch: Architecture, pieces: Sequence[Piece], shape: ModelShape,
              kv_type: KVType, most_bytes: int) -> Rehearsal | None:
     """The model's pass of one token, timed. None where it would hold more than `most_bytes`, which is the largest
-    tensor and 128 MiB, or take long: a pass of a second has little beside its products."""
+    tensor and two rings, or take long: a pass of half a second has little beside its products."""
     vectors, others = ([t.n_bytes for t in model.tensors.values() if (len(t.shape) == 1) == is_vector]
                        for is_vector in (True, False))
-    largest_cells = _N_CELLS * shape.kv_bytes_per_token // (2 * shape.n_layers)
-    if max(others) + largest_cells + 2 * _BEYOND_CACHES_BYTES > most_bytes:
+    cells_bytes = _N_CELLS * shape.kv_bytes_per_token
+    ring_bytes = min(_MOST_RING_BYTES, max(_LEAST_RING_BYTES, _RING_CACHES * largest_cache_bytes()),
+                     (most_bytes - max(others) - cells_bytes // (2 * shape.n_layers)) // 2)
+    if ring_bytes < _LEAST_RING_BYTES:
         return None
-    sizes = max(others), max(vectors, default=ALIGN_BYTES)
+    sizes = min(ring_bytes, _aligned(model.file_bytes)), max(others), max(vectors, default=ALIGN_BYTES)
     # Cells on a stage of their own: what a pass writes there must not become the next one's weights.
-    with closing(Stage(backend, largest_cells, huge_pages=False)) as cells:
+    with closing(Stage(backend, min(ring_bytes, _aligned(cells_bytes)), cells_bytes // (2 * shape.n_layers),
+                       huge_pages=False)) as cells:
         try:
             with closing(Stage(backend, *sizes)) as weights:
                 cast = _Cast(backend, model, arch, pieces, shape, kv_type, weights, cells)
-                passes = {n: _blocks_s(cast, n) for n in _N_CACHED}
-                misses = _misses(cast, passes[0]) if shape.n_experts else {}
+                empty_s = _blocks_s(cast, 0)
+                lengths = (_FEW_CACHED if empty_s > _SLOW_S else _N_CACHED)[1:]
+                attend_s = {0: 0.0, **{n: max(0.0, _blocks_s(cast, n) - empty_s) for n in lengths}}
+                misses_s = _misses(cast, empty_s) if shape.n_experts else {}
             with closing(Stage(backend, *sizes, huge_pages=False)) as weights:  # as a file is mapped: 10 % slower
                 fused_s = _fused_s(replace(cast, weights=weights))
         except _TakesLong:
             return None
-    return Rehearsal(fused_s, passes[0], {n: max(0.0, seconds - passes[0]) for n, seconds in passes.items()}, misses)
+    return Rehearsal(fused_s, empty_s, attend_s, misses_s)
 
 
 class _TakesLong(Exception):
@@ -96,22 +106,25 @@ class _TakesLong(Exception):
 
 
 def _misses(cast: _Cast, found_s: float) -> dict[int, float]:
-    """What one miss, and a miss of all, add to a layer; nothing where the disk is too slow to be tried."""
-    n_used = cast.shape.n_experts_used
-    try:
-        return {n: max(0.0, _blocks_s(cast, 0, n) - found_s) / cast.shape.n_layers for n in {1, n_used}}
-    except _TakesLong:
-        return {}
+    """What misses add to a pass: one in some layers, in every layer, and all. Few may cost next to nothing where many
+    wait for the disk's bandwidth; what a slow disk makes too long, is left out. Nothing where that is all."""
+    n_layers, n_used = cast.shape.n_layers, cast.shape.n_experts_used
+    misses_s = {0: 0.0}
+    with suppress(_TakesLong):
+        for n_missed in sorted({max(1, n_layers // _LAYERS_TO_A_MISS), n_layers, n_layers * n_used}):
+            misses_s[n_missed] = max(*misses_s.values(), _blocks_s(cast, 0, n_missed) - found_s)
+    return misses_s if len(misses_s) > 1 else {}
 
 
 def _blocks_s(cast: _Cast, n_cached: int, n_missed: int = 0) -> float:
-    """A pass over block graphs, in each layer of which so many experts are missed: none, one, or all."""
+    """A pass over block graphs in which so many experts are missed: none, one in some layers or in each, or all."""
     with ExitStack() as opened:
         kv = _cache(cast, opened)
         graphs = BlockwiseGraphs(cast.backend, cast.arch, kv)
         opened.callback(graphs.close)
         pool = _pool(cast, opened)
-        blocks = _Blocks(cast.backend, cast.pieces, cast.model, cast.weights, pool, n_missed)
+        blocks = _Blocks(cast.backend, cast.pieces, cast.model, cast.weights, pool,
+                         _by_layer(cast.shape.n_layers, n_missed))
         opened.callback(blocks.close)
         segments = ExpertSegments(cast.backend, cast.arch, kv)
         opened.callback(segments.close)
@@ -119,6 +132,11 @@ def _blocks_s(cast: _Cast, n_cached: int, n_missed: int = 0) -> float:
         if pool is not None:
             return _median(lambda: segments.run(batch, blocks, lambda state: forward([state], arch, state, kv, Solo())))
         return _median(lambda: graphs.run([batch], lambda states: forward(states, arch, blocks, kv, Solo())))
+
+
+def _by_layer(n_layers: int, n_missed: int) -> dict[int, int]:
+    """Misses of each layer, evenly spread."""
+    return {layer: (layer + 1) * n_missed // n_layers - layer * n_missed // n_layers for layer in range(n_layers)}
 
 
 def _fused_s(cast: _Cast) -> float:
@@ -140,8 +158,8 @@ def _token_after(n_cached: int) -> Batch:
 def _median(run: Callable[[], object]) -> float:
     """Seconds of a run, after one that builds graphs. Raises _TakesLong."""
     run()
-    start, times = time.perf_counter(), list[float]()
-    while len(times) < _LEAST_PASSES or time.perf_counter() - start < _PASSES_S:
+    times = list[float]()
+    while len(times) < 2 or sum(times) < (_PASSES_S if len(times) >= _LEAST_PASSES else _MOST_PASSES_S):
         before = time.perf_counter()
         run()
         times.append(time.perf_counter() - before)
@@ -181,12 +199,13 @@ def _pool(cast: _Cast, opened: ExitStack) -> ExpertPool | None:
 
 
 class Stage:
-    """Memory that stands for more: each tensor lies where the one before ended, and round again. Vectors are ones, so
-    that values neither grow nor vanish from layer to layer."""
+    """Memory that stands for more: each tensor lies where the one before ended, and round again after `ring_bytes`.
+    Vectors are ones, so that values neither grow nor vanish from layer to layer."""
 
-    def __init__(self, backend: Backend, largest_bytes: int, largest_vector_bytes: int = 0, *,
+    def __init__(self, backend: Backend, ring_bytes: int, largest_bytes: int, largest_vector_bytes: int = 0, *,
                  huge_pages: bool = True) -> None:
-        room_bytes = _aligned(largest_bytes) + _BEYOND_CACHES_BYTES
+        self.ring_bytes = ring_bytes
+        room_bytes = _aligned(largest_bytes) + ring_bytes
         self._arena = Arena(room_bytes + largest_vector_bytes, huge_pages=huge_pages)
         self.buffer = backend.wrap(self._arena.base, self._arena.size_bytes)
         self._next, self._ones = 0, self._arena.base + room_bytes
@@ -198,7 +217,7 @@ class Stage:
     def place(self, tensor: Tensor) -> None:
         """A matrix, or a cache's keys or values."""
         self.buffer.place(tensor, self._arena.base + self._next)
-        self._next = (self._next + _aligned(tensor.n_bytes)) % _BEYOND_CACHES_BYTES
+        self._next = (self._next + _aligned(tensor.n_bytes)) % self.ring_bytes
 
     def place_vector(self, tensor: Tensor) -> None:
         self.buffer.place(tensor, self._ones)
@@ -216,14 +235,14 @@ class _Blocks(Headers):
     """A WeightSource whose bytes are the stage's. With a pool, experts come one by one."""
 
     def __init__(self, backend: Backend, pieces: Sequence[Piece], model: ModelFile, stage: Stage,
-                 pool: ExpertPool | None = None, n_missed: int = 0) -> None:
+                 pool: ExpertPool | None = None, missed: Mapping[int, int] | None = None) -> None:
         self._stage = stage
         experts = split_experts(pieces)[1]
         largest_bytes = max((piece.n_bytes // piece.shape[2] for piece in experts), default=1)
-        n_slots = max(1, min(_BEYOND_CACHES_BYTES // (3 * largest_bytes), len(experts) and experts[0].shape[2]))
+        n_slots = max(1, min(stage.ring_bytes // (3 * largest_bytes), len(experts) and experts[0].shape[2]))
         super().__init__(backend, pieces, model, 1, n_slots, are_whole=pool is None)
         if pool is not None and self.experts is not None:
-            self.experts = _Experts(self.experts, pool, n_slots, n_missed)
+            self.experts = _Experts(self.experts, pool, n_slots, missed or {})
 
     def _tensor(self, type_id: int, shape: tuple[int, ...]) -> Tensor:
         tensor = self._context.tensor(type_id, shape)
@@ -237,8 +256,8 @@ class _Experts:
 
     holds_a_layer = True
 
-    def __init__(self, on_stage: Experts, pool: ExpertPool, n_slots: int, n_missed: int) -> None:
-        self._pool, self._n_slots, self._n_missed = pool, n_slots, n_missed
+    def __init__(self, on_stage: Experts, pool: ExpertPool, n_slots: int, missed: Mapping[int, int]) -> None:
+        self._pool, self._n_slots, self._missed = pool, n_slots, missed
         self._slots: dict[tuple[int, int], int] = {}
         self._chosen: dict[int, list[int]] = {}
         self._layer = -1
@@ -261,9 +280,9 @@ class _Experts:
                 for expert in experts}
 
     def release(self) -> None:
-        """With the next pass in mind, whose layer is to miss some."""
+        """With the next pass in mind, in which the layer is to miss some."""
         self._pool.release()
-        for expert in self._chosen.get(self._layer, [])[:self._n_missed]:
+        for expert in self._chosen.get(self._layer, [])[:self._missed.get(self._layer, 0)]:
             self._pool.forget(self._layer, expert)
         self._layer = -1
 

@@ -9,7 +9,7 @@ hides the next read.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -154,14 +154,18 @@ def _rows_within(limit_bytes: int, row_bytes: int) -> int:
     return max(_ROWS_MULTIPLE, limit_bytes // row_bytes // _ROWS_MULTIPLE * _ROWS_MULTIPLE)
 
 
-def choose(pieces: Sequence[Piece], pinned_bytes: int, window_bytes: int) -> Residency:
+def choose(pieces: Sequence[Piece], pinned_bytes: int, window_bytes: int, later: Sequence[int] = ()) -> Residency:
     """Pin pieces worth `pinned_bytes`, stream the rest through a window of at least `window_bytes`.
 
+    `later` says how much may stay once memory is wanted for something else: what stays longest is chosen first, and for
+    each of these sizes what fills it. Pieces are large: of 24 MiB that became 19, 4 were left when one of 16 had to go.
     The sizes come from the plan (edgert/memory/planner.py), which gives small tensors and the least window their room.
     """
     small, large = [p for p in pieces if always_pinned(p)], [p for p in pieces if not always_pinned(p)]
-    chosen = _spread(large, pinned_bytes - sum(p.slot_bytes for p in small))
-    keep = (*small, *chosen)
+    chosen, ordered, small_bytes = dict.fromkeys(small), _by_worth(large), sum(p.slot_bytes for p in small)
+    for n_bytes in sorted({pinned_bytes, *later}):
+        chosen |= _filling(ordered, n_bytes - small_bytes, chosen)
+    keep = tuple(chosen)
     # What pinning left over, for it pins whole pieces, makes the window wider.
     spare = pinned_bytes - sum(p.slot_bytes for p in keep) if len(keep) < len(pieces) else 0
     return Residency(tuple(pieces), keep, window_bytes + spare // PAGE_BYTES * PAGE_BYTES)
@@ -186,17 +190,23 @@ def always_pinned(piece: Piece) -> bool:
     return piece.n_bytes < _SMALL_BYTES or piece.spec.use == "vector"
 
 
-def _spread(pieces: Sequence[Piece], room_bytes: int) -> dict[Piece, None]:
-    """Pieces worth up to `room_bytes`, in order of worth: the head, then layers evenly spread. More room is never
-    filled with fewer bytes."""
-    # Steps of the golden ratio round a circle: the first n of them lie evenly, whatever n is.
+def _by_worth(pieces: Sequence[Piece]) -> list[Piece]:
+    """The head, then layers evenly spread: steps of the golden ratio round a circle, of which the first n lie evenly,
+    whatever n is."""
     order = sorted(range(len(pieces)), key=lambda i: (pieces[i].block.kind != "output", i * _GOLDEN_RATIO % 1))
-    ends = [*accumulate(pieces[index].slot_bytes for index in order)]
-    n_chosen = bisect_right(ends, room_bytes)
-    chosen = dict.fromkeys(pieces[index] for index in order[:n_chosen])
-    used = ends[n_chosen - 1] if n_chosen else 0
-    for piece in sorted((pieces[index] for index in order[n_chosen:]), key=lambda p: -p.slot_bytes):
-        if used + piece.slot_bytes <= room_bytes:  # what still fits, the largest first
-            chosen[piece] = None
+    return [pieces[index] for index in order]
+
+
+def _filling(ordered: Sequence[Piece], room_bytes: int, chosen: Mapping[Piece, None]) -> dict[Piece, None]:
+    """What comes to those that are chosen, for all to be worth up to `room_bytes`: in order of worth, then the largest
+    that still fit."""
+    rest = [piece for piece in ordered if piece not in chosen]
+    used = sum(piece.slot_bytes for piece in ordered) - sum(piece.slot_bytes for piece in rest)
+    n_first = bisect_right([*accumulate(piece.slot_bytes for piece in rest)], room_bytes - used)
+    found = dict.fromkeys(rest[:n_first])
+    used += sum(piece.slot_bytes for piece in found)
+    for piece in sorted(rest[n_first:], key=lambda p: -p.slot_bytes):
+        if used + piece.slot_bytes <= room_bytes:
+            found[piece] = None
             used += piece.slot_bytes
-    return chosen
+    return found

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgert.cpu import usable_cores
+from edgert.cpu import largest_cache_bytes, usable_cores
 from edgert.errors import UsageError
 from edgert.paths import Paths
 from edgert.units import format_bytes, parse_bytes
@@ -113,6 +113,16 @@ def test_a_control_groups_limit_counts(limit: str, expected: int, tmp_path: Path
     (tmp_path / "cpu.max").write_text(limit)
     topology = _topology(tmp_path / "cpu", [(0, core) for core in range(4)])
     assert usable_cores(topology, tmp_path / "cpu.max") == expected
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [
+    ((), 0), (("48K\n", "1024K\n", "32M\n"), 2**25), (("512K\n", ""), 2**19), (("4096\n", "huge\n"), 4096)])
+def test_the_largest_cache_is_the_processors(sizes: tuple[str, ...], expected: int, tmp_path: Path) -> None:
+    for index, size in enumerate(sizes):
+        directory = tmp_path / f"cpu0/cache/index{index}"
+        directory.mkdir(parents=True)
+        (directory / "size").write_text(size)
+    assert largest_cache_bytes(tmp_path) == expected
 
 
 def test_this_machine_has_a_core() -> None:

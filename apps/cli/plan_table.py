@@ -55,12 +55,20 @@ def _memory_table(report: Report, budget: str) -> Table:
     table.add_column(justify="right", min_width=12)
     table.add_column()
     for name, n_bytes in report.memory.items():
-        note = f"{report.plan.context_length} tokens" if name == "KV cache" else ""
-        table.add_row(f"  {name}", format_bytes(n_bytes), note)
+        table.add_row(f"  {name}", format_bytes(n_bytes), _kv_note(report) if name == "KV cache" else "")
     table.add_row("[bold]memory at the most[/bold]", f"[bold]{format_bytes(report.plan.peak_bytes)}[/bold]",
                   f"of {budget}")
     table.add_row("  smallest that works", format_bytes(report.smallest_budget_bytes), "")
     return table
+
+
+def _kv_note(report: Report) -> str:
+    """How long a text, and where steps attend to a set of its tokens, how many and from where on."""
+    text, kv = f"{report.plan.context_length} tokens", report.kv
+    if kv is None:
+        return text
+    where = ", on disk" if kv.tier == "disk" else ""
+    return f"{text}{where}; {kv.budget} attended from {kv.from_tokens} on"
 
 
 def _speed_table(report: Report) -> Table:

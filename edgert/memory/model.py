@@ -23,6 +23,7 @@ CELLS_PER_BUCKET = 256
 _OPS_PER_LAYER, _OP_S = 24, 4e-6
 _BLOCKS_PER_LAYER, _BLOCK_S = 2, 6e-5
 _IN_FLIGHT_BYTES = 40 * 2**20
+_ROWS_AT_ONCE = 8  # of the embedding, one of which takes as long as the smallest read (offload/window.py)
 # Prefill in parts over prefill in whole batches of 512 (measured, edgert/engine/blockwise.py).
 _PART_COST = {256: 1.02, 128: 1.09}
 # A matrix product that reads memory at this share of the device's bandwidth waits for memory.
@@ -167,7 +168,7 @@ def predict(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: i
     """One pass of `n_tokens` over a cache of `n_cached`: a token of an answer, or a prompt.
 
     reading = bytes / disk bandwidth; computing = products + attention + overhead; both times what answers before have
-    taught; total = longer + (1 - overlap) * shorter + what experts add.
+    taught; total = rows of the embedding + longer + (1 - overlap) * shorter + what experts add.
     """
     byte_s, learnt = profile.corrected("disk") / profile.disk.bytes_s, profile.corrected("compute")
     read_s = streamed_bytes(shape, sizes) * byte_s
@@ -178,11 +179,18 @@ def predict(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: i
     compute_s = multiply_s + attend_s + overhead_s
     expert_read_s = missed_expert_bytes(shape, sizes, n_tokens, curve) * byte_s \
         + _expert_waits(shape, sizes, n_tokens, curve) * profile.disk.latency_s * profile.corrected("disk")
-    total_s = max(read_s, compute_s) + (1 - overlap(shape, sizes)) * min(read_s, compute_s) \
+    rows_s = _rows(sizes, n_tokens) * profile.disk.latency_s * profile.corrected("disk")
+    total_s = rows_s + max(read_s, compute_s) + (1 - overlap(shape, sizes)) * min(read_s, compute_s) \
         + _experts(shape, profile, hit_rate(shape, sizes, n_tokens, curve), n_tokens, expert_s, expert_read_s,
                    compute_s * shape.foresees)
-    limit = _limit(shape, profile, read_s + expert_read_s, compute_s + expert_s, multiply_s + expert_s, n_tokens)
-    return Prediction(read_s + expert_read_s, multiply_s + expert_s, attend_s, overhead_s, total_s, limit)
+    all_read_s = rows_s + read_s + expert_read_s
+    limit = _limit(shape, profile, all_read_s, compute_s + expert_s, multiply_s + expert_s, n_tokens)
+    return Prediction(all_read_s, multiply_s + expert_s, attend_s, overhead_s, total_s, limit)
+
+
+def _rows(sizes: Sizes, n_tokens: int) -> int:
+    """How often a pass waits for rows of the embedding, which come before its first block: several at a time."""
+    return -(-n_tokens // _ROWS_AT_ONCE) if sizes.weights == "streamed" else 0
 
 
 def _experts(shape: ModelShape, profile: DeviceProfile, hits: float, n_tokens: int, expert_s: float, read_s: float,
@@ -191,18 +199,13 @@ def _experts(shape: ModelShape, profile: DeviceProfile, hits: float, n_tokens: i
     read, as does what comes before them (`before_s`) where they are known earlier; then the others compute.
 
     max(0, reading - before, hits * products) + (1 - hits) * products. For one token of a model that was rehearsed:
-    products + layers that miss any, layers * (1 - hits ** used), * what as many misses as such a layer has added,
-    used * (1 - hits) / (1 - hits ** used), linear between one and all.
+    products + what as many misses added, layers * used * (1 - hits), linear between the numbers that were tried.
     """
     rehearsal = profile.rehearsals.get(shape.key)
-    if rehearsal is None or not rehearsal.miss_s or n_tokens > 1:
+    if rehearsal is None or not rehearsal.misses_s or n_tokens > 1:
         return max(read_s - before_s, hits * expert_s) + (1 - hits) * expert_s
-    missing_share = 1 - hits**shape.n_experts_used
-    if missing_share <= 0:
-        return expert_s
-    points = sorted(rehearsal.miss_s.items())
-    miss_s = _linear(points, shape.n_experts_used * (1 - hits) / missing_share) if len(points) > 1 else points[0][1]
-    return expert_s + shape.n_layers * missing_share * miss_s * profile.corrected("disk")
+    n_missed = shape.n_layers * shape.n_experts_used * (1 - hits)
+    return expert_s + _linear(sorted(rehearsal.misses_s.items()), n_missed) * profile.corrected("disk")
 
 
 def _expert_waits(shape: ModelShape, sizes: Sizes, n_tokens: int, curve: HitCurve) -> float:

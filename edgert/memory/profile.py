@@ -37,8 +37,9 @@ class Rehearsal:
     fused_s: float  # in one graph, an empty cache, plain layout
     blocks_s: float  # block by block, every expert in memory
     attend_s: Mapping[int, float]  # what so many cached tokens add, from 0 on
-    miss_s: Mapping[int, float] = field(default_factory=dict)
-    """What so many experts of a layer that have to be read add to it, by the disk of the file."""
+    misses_s: Mapping[int, float] = field(default_factory=dict)
+    """What so many experts that have to be read add to the pass, by the disk of the file: from 0 to all, never less for
+    more."""
 
 
 @dataclass(frozen=True, slots=True)

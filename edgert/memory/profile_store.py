@@ -81,11 +81,12 @@ def _rehearsal(raw: object) -> Rehearsal | None:
     if not isinstance(raw, dict):
         return None
     passes = _numbers({key: raw.get(key) for key in ("fused_s", "blocks_s")})
-    attend, miss = (_numbers(raw.get(key), least=0.0) for key in ("attend_s", "miss_s"))
-    if passes is None or attend is None or miss is None or not all(n.isdecimal() for n in (*attend, *miss)):
+    attend, misses = (_numbers(raw.get(key), least=0.0) for key in ("attend_s", "misses_s"))
+    if passes is None or attend is None or misses is None or not all(n.isdecimal() for n in (*attend, *misses)):
         return None
-    attend_s, miss_s = ({int(n): seconds for n, seconds in table.items()} for table in (attend, miss))
-    return Rehearsal(passes["fused_s"], passes["blocks_s"], attend_s, miss_s) if len(attend_s) > 1 else None
+    attend_s, misses_s = ({int(n): seconds for n, seconds in table.items()} for table in (attend, misses))
+    is_whole = len(attend_s) > 1 and len(misses_s) != 1
+    return Rehearsal(passes["fused_s"], passes["blocks_s"], attend_s, misses_s) if is_whole else None
 
 
 def _curves(raw: Mapping[str, Any]) -> dict[str, HitCurve]:

@@ -1,6 +1,6 @@
 """What a model and its surroundings are to the memory manager: bytes and counts, all known before a weight is read.
 
-Plain values, filled in by edgert/planning.py from a file's header and from what was measured without weights.
+Plain values, filled in by edgert/model_shape.py from a file's header and from what was measured without weights.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ pytest.importorskip("torch", reason="needs torch: pip install 'edgert[distill]'"
 from apps.cli.main import main
 from edgert.architectures.registry import open_architecture
 from edgert.gguf.model_file import ModelFile
+from edgert.kv_tiers import head_of
 from edgert.paths import Paths
-from edgert.planning import head_of
 
 
 @pytest.fixture

@@ -21,6 +21,12 @@ from offload.window import WindowWeights
 TinyModel = Callable[..., Path]
 
 
+def once(run: Callable[[], object]) -> float:
+    """A pass that always takes as long, however busy the machine is."""
+    run()
+    return 0.01
+
+
 @pytest.fixture(autouse=True)
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planning opens no weights; and measures little, for speeds are not what is tested here."""
@@ -29,8 +35,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_SET_BYTES": 2**16, "_COPY_BYTES": 2**20, "_N_CACHED": 256, "_LEAST_RUNS": 1,
                         "_RUNS_S": 0.0, "_N_ROWS": 64}.items():
         monkeypatch.setattr(calibration, name, value)
-    for name, value in {"_LEAST_PASSES": 1, "_PASSES_S": 0.0, "_BEYOND_CACHES_BYTES": 2**20}.items():
-        monkeypatch.setattr(rehearsal, name, value)
+    for name, other in {"_LEAST_RING_BYTES": 2**20, "_MOST_RING_BYTES": 2**20, "_median": once}.items():
+        monkeypatch.setattr(rehearsal, name, other)
     monkeypatch.setattr("edgert.planning._DISK_S", 0.01)
 
 
@@ -84,6 +90,12 @@ def test_the_table_fits_80_columns(edgert: Edgert, tiny_model: TinyModel) -> Non
                  "limited by", "with another GiB", "first token after", "0.001 tokens/s is reached"):
         assert said in outcome.out
     assert "measuring this device" in outcome.err
+
+
+def test_the_table_says_how_many_tokens_are_attended(edgert: Edgert, tiny_model: TinyModel) -> None:
+    outcome = edgert("plan", tiny_model("llama"), "--memory", "2G", "--context", "4096", "--kv-budget", "128")
+    assert "4096 tokens; 128 attended from 2048 on" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
 
 
 def test_the_second_plan_measures_nothing(edgert: Edgert, tiny_model: TinyModel,

@@ -47,7 +47,8 @@ def test_a_pass_reads_what_is_not_pinned_once_whatever_its_length() -> None:
     assert streamed_bytes(shape(), STREAMED) == 560 * MIB
     assert streamed_bytes(shape(), Sizes("resident")) == 0
     one, many = (predict(shape(), profile(), STREAMED, n) for n in (1, 500))
-    assert one.read_s == many.read_s == pytest.approx(560 * MIB / 1e9)
+    rows_s = 1e-4  # of the embedding, eight at a time
+    assert one.read_s - rows_s == many.read_s - 63 * rows_s == pytest.approx(560 * MIB / 1e9)
 
 
 def test_experts_cost_what_is_missed() -> None:
@@ -65,7 +66,8 @@ def test_experts_that_are_here_compute_while_the_others_are_read() -> None:
     found, resident = (predict(moe_shape(), profile(), one, 1) for one in (sizes, Sizes("resident")))
     assert found.multiply_s == pytest.approx(220 * MIB * 1e-10 + expert_s)
     waits_s = 16 * (1 - 0.8**4) * 1e-4
-    assert found.total_s == pytest.approx(resident.total_s + 33 * 6e-5 + max(read_s + waits_s - 0.8 * expert_s, 0))
+    beside_s = 1e-4 + 33 * 6e-5  # a row of the embedding, and Python between blocks
+    assert found.total_s == pytest.approx(resident.total_s + beside_s + max(read_s + waits_s - 0.8 * expert_s, 0))
 
 
 def test_experts_that_are_known_before_attention_are_read_while_it_computes() -> None:
@@ -87,14 +89,14 @@ def test_what_was_rehearsed_takes_the_place_of_parts() -> None:
     assert repacked.total_s == pytest.approx(0.12 - 900 * MIB * 1e-10 / 2)  # faster by what its products gain
 
 
-def test_a_layer_that_misses_experts_costs_what_was_rehearsed() -> None:
-    device = replace(profile(), rehearsals={KEY: Rehearsal(0.12, 0.15, {0: 0.0, 255: 0.0}, {1: 0.002, 4: 0.005})})
-    found, half, missed = (predict(moe_shape(), device, Sizes("streamed", 225 * MIB, 0, pool_slots=n), 1,
-                                   curve=[(0, 0), (1, 1)]) for n in (512, 256, 0))
-    assert found.total_s == pytest.approx(0.15)
-    assert missed.total_s == pytest.approx(0.15 + 16 * 0.005)
-    share = 1 - 0.5**4  # of the layers; each misses 4 * 0.5 / share
-    assert half.total_s == pytest.approx(0.15 + 16 * share * (0.002 + (2 / share - 1) * 0.001))
+def test_misses_cost_what_as_many_cost_when_they_were_rehearsed() -> None:
+    misses_s = {0: 0.0, 4: 0.001, 16: 0.01, 64: 0.08}
+    device = replace(profile(), rehearsals={KEY: Rehearsal(0.12, 0.15, {0: 0.0, 255: 0.0}, misses_s)})
+    beside_s = 0.15 + 1e-4  # a pass, and a row of the embedding
+    for n_slots, added_s in ((512, 0), (480, 0.001), (496, 0.0005), (256, 0.01 + 0.07 / 3), (0, 0.08)):
+        found = predict(moe_shape(), device, Sizes("streamed", 225 * MIB, 0, pool_slots=n_slots), 1,
+                        curve=[(0, 0), (1, 1)])
+        assert found.total_s == pytest.approx(beside_s + added_s)
 
 
 def test_less_than_a_layer_of_experts_keeps_their_outputs() -> None:

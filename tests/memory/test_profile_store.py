@@ -18,7 +18,7 @@ def store(tmp_path: Path) -> ProfileStore:
     return ProfileStore(tmp_path / "cache" / "device.json")
 
 
-REHEARSAL = Rehearsal(0.1, 0.2, {0: 0.0, 255: 0.01}, {1: 0.0, 8: 0.1})
+REHEARSAL = Rehearsal(0.1, 0.2, {0: 0.0, 255: 0.01}, {0: 0.0, 8: 0.1})
 MEASURED = replace(profile(2e9).learn("disk", 1.5), rehearsals={"llama-1": REHEARSAL},
                    curves={"llama-1": [(0.0, 0.0), (0.5, 0.8), (1.0, 1.0)]})
 
@@ -62,7 +62,8 @@ def test_damaged_parts_count_as_nothing(store: ProfileStore, change: dict[str, d
     {"rehearsals": {"llama-1": {**asdict(REHEARSAL), "fused_s": 0}}},
     {"rehearsals": {"llama-1": {**asdict(REHEARSAL), "attend_s": {"x": 1, "0": 0}}}},
     {"rehearsals": {"llama-1": {**asdict(REHEARSAL), "attend_s": {"255": 1}}}},
-    {"rehearsals": {"llama-1": {**asdict(REHEARSAL), "miss_s": {"1": -1}}}},
+    {"rehearsals": {"llama-1": {**asdict(REHEARSAL), "misses_s": {"0": 0, "1": -1}}}},
+    {"rehearsals": {"llama-1": {**asdict(REHEARSAL), "misses_s": {"8": 0.1}}}},
     {"curves": {"llama-1": [[0, 0], [1, 2]]}}, {"curves": {"llama-1": [[0, 0], [0.5, 0.9], [1, 0.8]]}},
     {"curves": {"llama-1": [[0, 0]]}}, {"curves": {"llama-1": "high"}}, {"curves": None}, {"rehearsals": []}], ids=str)
 def test_a_damaged_figure_of_a_model_is_forgotten_alone(store: ProfileStore, change: dict[str, object]) -> None:

@@ -76,6 +76,16 @@ def test_every_piece_is_pinned_or_streamed_in_the_order_of_the_model(pieces: lis
 
 
 @fuzzed
+@given(models(), st.lists(st.integers(0, 10**6), min_size=2, max_size=4))
+def test_what_stays_when_memory_is_wanted_is_what_would_have_been_chosen_for_it(pieces: list[Piece],
+                                                                                shares: list[int]) -> None:
+    least, *more = sorted(small(pieces) + total(pieces) * share // 10**6 for share in shares)
+    alone, chosen = choose(pieces, least, MIB), choose(pieces, more[-1], MIB, [least, *more])
+    assert chosen.keep[:len(alone.keep)] == alone.keep
+    assert small(pieces) <= chosen.pinned_bytes <= more[-1]
+
+
+@fuzzed
 @given(models(), st.integers(0, 10**6))
 def test_pinned_pieces_and_window_fill_what_the_plan_gives(pieces: list[Piece], share: int) -> None:
     room, window = small(pieces) + total(pieces) * share // 10**6, 64 * MIB

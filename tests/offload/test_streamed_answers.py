@@ -30,7 +30,7 @@ from edgert.gguf.model_file import ModelFile
 from edgert.memory.model import Sizes
 from edgert.memory.planner import Demand, plan_with
 from edgert.memory.probe import MemoryProbe
-from edgert.planning import shape_of
+from edgert.model_shape import shape_of
 from edgert.speculation import MAX_PASS_TOKENS, SHAPES
 from edgert.text.tokenizer import Tokenizer
 from offload.loading import measure_overheads, open_window
