@@ -38,7 +38,9 @@ def with_kv(demand: Demand, options: EngineOptions, arch: Architecture, head: Re
     check_kv(options, arch)
     tries = [replace(demand, shape=replace(demand.shape, kv=sizes))
              for sizes in _kv_sizes(demand, options, arch, head, budget_bytes)]
-    return next((one for one in tries if smallest_budget(one) <= budget_bytes), tries[-1] if asked else demand)
+    is_sought = smallest_budget(demand) > budget_bytes or asked is not None
+    return next((one for one in tries if smallest_budget(one) <= budget_bytes
+                 and (is_sought or _takes_little(one, budget_bytes))), tries[-1] if asked else demand)
 
 
 def head_of(file: ModelFile, arch: Architecture, paths: Paths) -> RetrievalHead | None:
@@ -62,8 +64,12 @@ def _is_crowded(demand: Demand, options: EngineOptions, budget_bytes: int) -> bo
     """Whether a dense cache would leave the weights too little of a memory budget."""
     if options.memory_bytes is None or options.kv_type != "f16":
         return False
-    dense = kv_bytes(demand.shape, demand.context_length)
-    return dense > _MOST_KV_SHARE * budget_bytes or smallest_budget(demand) > budget_bytes
+    return not _takes_little(demand, budget_bytes) or smallest_budget(demand) > budget_bytes
+
+
+def _takes_little(demand: Demand, budget_bytes: int) -> bool:
+    """Of a budget. A set of a short text is kept in buffers that take more than the text's own keys and values."""
+    return kv_bytes(demand.shape, demand.context_length) <= _MOST_KV_SHARE * budget_bytes
 
 
 def _kv_sizes(demand: Demand, options: EngineOptions, arch: Architecture, head: RetrievalHead | None,

@@ -67,12 +67,13 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """What a step lets know of the one after it, which begins at token `start`: its survivors, and the `missing`
-    positions of its likely set, which are being fetched. The set itself waits for the token: what that repeats counts
-    too."""
+    """What a step lets know of the one after it, which begins at token `start`: its survivors, the selector's scores,
+    and the `missing` positions of its likely set, which are being fetched. The set itself waits for the token: what
+    that repeats counts too."""
 
     start: int
     survivors: Survivors
+    scores: Floats | None
     missing: Positions
     fetch: Fetch | None
 
@@ -120,10 +121,12 @@ class RetrievedKVCache:
     # -- a step --------------------------------------------------------------------------------------------------
     def select(self, batch: Batch) -> Selection | None:
         """The set for this step; None where it should look at everything."""
-        self._seen_ahead()  # whoever looked ahead uses the selector
-        ids, chooser = self._known_ids(batch.start), self.chooser
+        foreseen, chooser = self._seen_ahead(), self.chooser
+        ids = self._known_ids(batch.start)
         repeated = None if ids is None else repeats(ids, int(batch.token_ids[0]))
-        return chooser.trusted(chooser.choose(batch.start, chooser.survivors, repeated))
+        is_scored = foreseen is not None and foreseen.start == batch.start
+        scores = foreseen.scores if foreseen and is_scored else chooser.scores(batch.start)
+        return chooser.trusted(chooser.choose(scores, chooser.survivors, repeated))
 
     def _known_ids(self, n_tokens: int) -> NDArray[np.int32] | None:
         """(n_tokens,); None where somebody has not said them all."""
@@ -149,12 +152,13 @@ class RetrievedKVCache:
         survivors = self._seen_of_a_step(batch, chosen)
         ids = self._known_ids(batch.start)
         expected = None if ids is None else following(np.append(ids, batch.token_ids))
-        likely = self.chooser.choose(batch.end, survivors, expected)
+        scores = self.chooser.scores(batch.end)
+        likely = self.chooser.choose(scores, survivors, expected)
         missing, fetch = np.zeros(0, np.int64), None
         if likely is not None:
             missing, slots = self.hot.look_ahead(likely.positions)
             fetch = self._start_fetch(slots, missing)
-        self._foreseen = Foreseen(batch.end, survivors, missing, fetch)
+        self._foreseen = Foreseen(batch.end, survivors, scores, missing, fetch)
         self.counts.aside_s += perf_counter() - begin_s
 
     def _seen_ahead(self) -> Foreseen | None:
@@ -278,7 +282,7 @@ class RetrievedKVCache:
 
     def _bring_near(self, end: int) -> None:
         """Beside a step that attends to everything: have what one over a set would attend to in the hot buffer."""
-        likely = self.chooser.choose(end, self.chooser.survivors, None)
+        likely = self.chooser.choose(self.chooser.scores(end), self.chooser.survivors, None)
         if likely is not None:
             missing, slots = self.hot.look_ahead(likely.positions)
             self._near.fetch(self.hot.records, slots, missing)

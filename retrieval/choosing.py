@@ -54,13 +54,15 @@ class Chooser:
         self.survivors: Survivors | None = None
         self._n_since_whole = _FULL_EVERY
 
-    def choose(self, n_tokens: int, survivors: Survivors | None, repeated: Floats | None) -> Selection | None:
-        """The set for the step after so many tokens; None where nothing tells and everything can be looked at."""
+    def scores(self, n_tokens: int) -> Floats | None:
+        """What the selector says of the first `n_tokens` for the step after them; None where nothing tells and
+        everything can be looked at."""
         scores = self.selector.scores(n_tokens)
-        if scores is None and self._can_look_around:
-            return None
-        return select(np.zeros(n_tokens, np.float32) if scores is None else scores, survivors, repeated,
-                      self.policy)
+        return np.zeros(n_tokens, np.float32) if scores is None and not self._can_look_around else scores
+
+    def choose(self, scores: Floats | None, survivors: Survivors | None, repeated: Floats | None) -> Selection | None:
+        """The set for a step; None where it can only look at everything."""
+        return None if scores is None else select(scores, survivors, repeated, self.policy)
 
     def trusted(self, chosen: Selection | None) -> Selection | None:
         """None where the step should rather look at everything. Asked once a step."""

@@ -85,8 +85,9 @@ class NumpyHead:
         return np.concatenate([a * cos - b * sin, a * sin + b * cos, projected[:, 2 * n:]], axis=1, dtype=np.float32)
 
     def score(self, query: Floats, keys: Floats) -> Floats:
-        """(n,) of query (dim,) and keys (n, dim)."""
-        return np.asarray(keys @ query, np.float32)
+        """(n,) of query (dim,) and keys (n, dim). As a product of matrices it would be given to BLAS, whose threads
+        keep ggml's from their cores: 1.0 ms for 8192 keys instead of 0.15."""
+        return np.einsum("nd,d->n", keys, query)
 
 
 def project_graph(parameters: HeadParameters) -> OnnxGraph:

@@ -101,9 +101,13 @@ def random_tokens(n_tokens: int, seed: int = 0) -> list[int]:
 
 def share_sets(near: RetrievalEngine, far: RetrievalEngine) -> None:
     """Let both attend to the same sets, which move through the text."""
-    def choose(n_tokens: int, survivors: Survivors | None, repeated: Floats | None) -> Selection:
+    def choose(scores: Floats | None, survivors: Survivors | None, repeated: Floats | None) -> Selection:
+        assert scores is not None
+        n_tokens = len(scores)
         rng = np.random.default_rng(n_tokens)
         recent = np.arange(n_tokens - 20, n_tokens)
         return Selection(np.unique([0, 1, *rng.choice(n_tokens, 40), *recent]).astype(np.int64), 1.0, True)
 
-    near._retrieved.chooser.choose = far._retrieved.chooser.choose = choose  # type: ignore[method-assign]
+    for engine in (near, far):
+        engine._retrieved.chooser.choose = choose  # type: ignore[method-assign]
+        engine._retrieved.chooser.scores = lambda n_tokens: np.zeros(n_tokens, np.float32)  # type: ignore[method-assign]

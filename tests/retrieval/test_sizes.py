@@ -63,6 +63,8 @@ def test_kv_is_dense_unless_a_budget_has_no_room_or_somebody_asks(tiny_model: Ti
         sizes = planning.demand.shape.kv
         assert sizes is not None and sizes.tier == "disk"
         assert planning.plan().peak_bytes <= process + 200 * MIB
+    with planned(path, tmp_path, context=512, memory_bytes=process + 5 * MIB) as planning:
+        assert planning.demand.shape.kv is None  # crowded, but buffers for a set would take more than the whole
     with planned(path, tmp_path, context=65_536, memory_bytes=process + 400 * MIB, kv_budget="full") as planning:
         assert planning.demand.shape.kv is None
     with planned(path, tmp_path, context=4096, kv_budget=256) as planning:
