@@ -8,6 +8,7 @@ Sources: TPI-LLM, arXiv 2410.00531, section 3.2 (star); Thakur et al. 2005, sect
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Tensor
 from tensorpar.frames import MAX_DATA_BYTES, BadFrame, Kind, Moment
 from tensorpar.link import Link
+from tensorpar.sum_times import SumTimes
 from tensorpar.wire import WIRES, Floats, WireName
 
 Algorithm = Literal["star", "one-shot", "scatter"]
@@ -87,7 +89,7 @@ class Group:
     """
 
     def __init__(self, rank: int, world_size: int, links: Mapping[int, Link], *, epoch: int = 0, network: Network,
-                 wire: WireName = "f32", algorithm: Algorithm | None = None) -> None:
+                 wire: WireName = "f32", algorithm: Algorithm | None = None, times: SumTimes | None = None) -> None:
         self.rank, self.world_size = rank, world_size
         self.network, self._wire, self._algorithm = network, WIRES[wire], algorithm
         self._links = dict(sorted(links.items()))
@@ -95,6 +97,7 @@ class Group:
         self._pass = PassStart(0, 0, 0)
         self._arrays: dict[int, tuple[Tensor | None, int, Floats]] = {}
         self._rooms: dict[int, memoryview] = {}
+        self._times = times or SumTimes()
         self.n_broadcasts = self.n_all_reduces = self.n_reduces = 0
 
     def join(self, links: Mapping[int, Link], network: Network) -> None:
@@ -150,6 +153,7 @@ class Group:
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         self.n_all_reduces += 1
+        began_s = time.perf_counter()
         values = self._values(partial)
         match self.algorithm(self._wire.n_bytes(len(values))):
             case "star":
@@ -159,6 +163,7 @@ class Group:
             case "scatter":
                 self._scatter(values)
         self._advance()
+        self._times.add(time.perf_counter() - began_s)
         return partial
 
     def reduce(self, partial: Tensor) -> Tensor:

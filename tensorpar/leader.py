@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgert.architectures.base import Architecture
 from edgert.engine.collective import Collective, Solo
 from edgert.engine.engine import Engine
-from edgert.errors import ClusterError, OutOfMemory, PeerLost
+from edgert.errors import OutOfMemory, PeerLost
 from edgert.ggml.backend import Cancelled
 from edgert.gguf.model_file import ModelFile
 from edgert.paths import Paths
@@ -35,6 +35,7 @@ from tensorpar.profile import Profile
 from tensorpar.shares import Cut, Shard, merge
 from tensorpar.slice_cache import SliceCache
 from tensorpar.slice_file import SliceFile
+from tensorpar.sum_times import SumTimes
 from tensorpar.workers import ClusterOptions, Workers
 
 # One way: from here on, the 2L sums of a pass take longer than what a guess or two cost in computing.
@@ -55,9 +56,7 @@ class ClusterEngine(Engine):
 
     def __init__(self, file: ModelFile, arch: Architecture, paths: Paths, profile: Profile, settings: Settings,
                  open_rank: OpenRank, options: ClusterOptions) -> None:
-        membership = Membership.load(paths)
-        if membership is None or membership.role != "leader":
-            raise ClusterError("this device leads no cluster", "Begin with `edgert cluster init`.")
+        membership = Membership.leading(paths)
         self._file, self._whole, self._cut = file, arch, Cut.of(file, arch)
         self._options, self._settings, self._open_rank = options, settings, open_rank
         self._plans = Plans(paths)
@@ -69,7 +68,7 @@ class ClusterEngine(Engine):
         self._reason, self._in_pass, self._may_mesh = "", False, True
         self.prediction: Prediction
         self._inner: Engine | None = None
-        self._pace = Pace()
+        self._pace, self._sum_times = Pace(), SumTimes()
         self._slow: int | None = None
         try:
             for problem in self._workers.connect():
@@ -133,7 +132,7 @@ class ClusterEngine(Engine):
         peer_bytes = {one.member.name: (one.link.sent_bytes, one.link.received_bytes) for one in self._ranks}
         return {**super().plan(), "cluster": {"devices": ranks, "epoch": self._epoch, "reason": self._reason,
                                               "sent_slice_bytes": sent, "peer_bytes": peer_bytes,
-                                              "wire": self._options.wire,
+                                              "wire": self._options.wire, "sums": self._sum_times.to_dict(),
                                               "is_mesh": isinstance(self.collective, Group)
                                               and self.collective.network.is_mesh}}
 
@@ -212,7 +211,7 @@ class ClusterEngine(Engine):
         for peer in peers:
             peer.link.check_alive = self._check_all  # one may wait for another
         group = Group(0, len(shards), links, epoch=self._epoch, network=network, wire=self._options.wire,
-                      algorithm=self._options.algorithm)
+                      algorithm=self._options.algorithm, times=self._sum_times)
         self._adopt(self._open_rank(own, group))
 
     def _setup(self, rank: int, slice_file: SliceFile, network: Network) -> Setup:

@@ -7,7 +7,6 @@ import json
 import logging
 from pathlib import Path
 
-from apps.cluster.pair import required
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
 from edgert.device import cluster_profile, matrix_types
@@ -17,7 +16,7 @@ from edgert.models.catalog import Catalog
 from edgert.paths import Paths
 from edgert.planning import EngineOptions
 from edgert.units import format_bytes
-from tensorpar.members import parse_address
+from tensorpar.members import Membership, parse_address
 from tensorpar.planner import Device, Prediction, predictions, reason
 from tensorpar.shares import Cut
 from tensorpar.workers import ClusterOptions, Workers
@@ -27,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def plan(args: argparse.Namespace) -> int:
-    membership = required("leader")
+    membership = Membership.leading(Paths.of_user())
     file = ModelFile.open(Catalog(Paths.of_user(), args.models_dir).find(str(Path(args.model))))
     load_libraries()
     arch = open_architecture(file)

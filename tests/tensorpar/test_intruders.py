@@ -120,6 +120,7 @@ def test_plan_predicts_every_set_of_devices(made: TestCluster, at_home: Callable
 @pytest.mark.parametrize(("words", "said"), [
     (("cluster", "invite"), "leads no cluster"), (("cluster", "up"), "in no cluster"),
     (("cluster", "status"), "in no cluster"), (("cluster", "forget", "pi"), "in no cluster"),
+    (("serve", "--port", "0", "--cluster"), "leads no cluster"), (("chat", "--cluster"), "leads no cluster"),
     (("cluster", "join", "7-otter-lamp", "--peer", "127.0.0.1:1"), "does not answer"),
 ])
 def test_what_cannot_be_done_is_said_with_the_next_step(tmp_path: Path, at_home: Callable[[Path], None],
