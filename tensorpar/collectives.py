@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgert.errors import ClusterError, PeerLost
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Tensor
 from tensorpar.frames import MAX_DATA_BYTES, BadFrame, Kind, Moment
 from tensorpar.link import Link
+from tensorpar.shares import Range, length
 from tensorpar.sum_times import SumTimes
 from tensorpar.wire import WIRES, Floats, WireName
 
@@ -85,11 +87,13 @@ def choose(n_bytes: int, n_ranks: int, network: Network) -> Algorithm:
 class Group:
     """A Collective over links to other ranks: all of them, or (star only) just the leader's.
 
-    `algorithm` None chooses for every size anew. Every rank must be given the same network, wire and algorithm.
+    `algorithm` None chooses for every size anew. Every rank must be given the same network, wire, algorithm and
+    `splits_head`; with that, rank 0 also the rows of the output head that each rank computes.
     """
 
     def __init__(self, rank: int, world_size: int, links: Mapping[int, Link], *, epoch: int = 0, network: Network,
-                 wire: WireName = "f32", algorithm: Algorithm | None = None, times: SumTimes | None = None) -> None:
+                 wire: WireName = "f32", algorithm: Algorithm | None = None, splits_head: bool = False,
+                 head_rows: Sequence[Sequence[Range]] = (), times: SumTimes | None = None) -> None:
         self.rank, self.world_size = rank, world_size
         self.network, self._wire, self._algorithm = network, WIRES[wire], algorithm
         self._links = dict(sorted(links.items()))
@@ -98,7 +102,14 @@ class Group:
         self._arrays: dict[int, tuple[Tensor | None, int, Floats]] = {}
         self._rooms: dict[int, memoryview] = {}
         self._times = times or SumTimes()
+        self.splits_head, self._head_rows = splits_head, head_rows
+        self._logits: NDArray[np.float32] = np.empty((0, 0), np.float32)
         self.n_broadcasts = self.n_all_reduces = self.n_reduces = 0
+
+    @property
+    def waited_s(self) -> float:
+        """How long other ranks were waited for so far."""
+        return sum(link.waited_s for link in self._links.values())
 
     def join(self, links: Mapping[int, Link], network: Network) -> None:
         """From here on these links to other workers are used too."""
@@ -175,6 +186,34 @@ class Group:
             self._gather(values)
         self._advance()
         return partial
+
+    def gather(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Token by token, and as float32 whatever the wire."""
+        if not self.splits_head:
+            return logits
+        if self.rank:
+            for row in logits:
+                self._links[0].send(Kind.PART, self._moment, row.data.cast("B"))
+        else:
+            logits = self._gather_rows(logits)
+        self._advance()
+        return logits
+
+    def _gather_rows(self, own: NDArray[np.float32]) -> NDArray[np.float32]:
+        shape = len(own), sum(map(length, self._head_rows))
+        if self._logits.shape != shape:
+            self._logits = np.empty(shape, np.float32)
+        for rank, ranges in enumerate(self._head_rows):
+            for index, row in enumerate(self._logits):
+                parts = [row[start:end] for start, end in ranges]
+                if rank:
+                    self._receive_into(self._links[rank], [one.data.cast("B") for one in parts])
+                else:
+                    position = 0
+                    for part in parts:
+                        part[:] = own[index, position:position + len(part)]
+                        position += len(part)
+        return self._logits
 
     def _advance(self) -> None:
         self._moment = Moment(self._moment.epoch, self._moment.number, self._moment.turn + 1)
@@ -274,6 +313,13 @@ class Group:
     def _receive(self, link: Link, kind: Kind, into: memoryview) -> None:
         self._expect(link, kind, len(into))
         link.take(into)
+
+    def _receive_into(self, link: Link, parts: Sequence[memoryview]) -> None:
+        """One frame, into several places."""
+        self._expect(link, Kind.PART, sum(map(len, parts)))
+        for part in parts[:-1]:
+            link.take_part(part)
+        link.take(parts[-1])
 
     def _expect(self, link: Link, kind: Kind, n_bytes: int) -> None:
         """Drop what an abandoned pass left; then the frame that belongs here is next. Raises Abandoned, BadFrame."""

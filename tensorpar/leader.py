@@ -32,7 +32,7 @@ from tensorpar.peer import Peer
 from tensorpar.planner import Device, Prediction, predict, predictions, reason
 from tensorpar.plans import WORTH_KEEPING, Plans
 from tensorpar.profile import Profile
-from tensorpar.shares import Cut, Shard, merge
+from tensorpar.shares import Cut, Shard, merge, splits_head
 from tensorpar.slice_cache import SliceCache
 from tensorpar.slice_file import SliceFile
 from tensorpar.sum_times import SumTimes
@@ -126,8 +126,8 @@ class ClusterEngine(Engine):
             self._plan_anew()
 
     def plan(self) -> dict[str, Any]:
-        ranks = [{"name": name, "heads": one.heads, "ffn": one.ffn, "bytes": self._cut.stored_bytes(one)}
-                 for name, one in zip(self._names(), self._shards, strict=True)]
+        ranks = [{"name": name, "heads": one.heads, "ffn": one.ffn, "head_rows": one.head_rows,
+                  "bytes": self._cut.stored_bytes(one)} for name, one in zip(self._names(), self._shards, strict=True)]
         sent = {one.member.name: one.sent_slice_bytes for one in self._ranks}
         peer_bytes = {one.member.name: (one.link.sent_bytes, one.link.received_bytes) for one in self._ranks}
         return {**super().plan(), "cluster": {"devices": ranks, "epoch": self._epoch, "reason": self._reason,
@@ -211,14 +211,15 @@ class ClusterEngine(Engine):
         for peer in peers:
             peer.link.check_alive = self._check_all  # one may wait for another
         group = Group(0, len(shards), links, epoch=self._epoch, network=network, wire=self._options.wire,
-                      algorithm=self._options.algorithm, times=self._sum_times)
+                      algorithm=self._options.algorithm, splits_head=splits_head(shards),
+                      head_rows=[one.head_rows for one in shards], times=self._sum_times)
         self._adopt(self._open_rank(own, group))
 
     def _setup(self, rank: int, slice_file: SliceFile, network: Network) -> Setup:
         if len(self._shards) > 2:
             network = replace(network, is_mesh=False)  # until all have met
         return Setup(self._epoch, rank, len(self._shards), slice_file.key.hex(), slice_file.size_bytes, self._settings,
-                     network, self._options.wire, self._options.algorithm)
+                     network, self._options.wire, self._options.algorithm, splits_head(self._shards))
 
     def _introduce(self, peers: Sequence[Peer], network: Network) -> Network:
         """Let the workers connect to each other, so that sums need not pass through here. The network as it then is.
@@ -272,7 +273,7 @@ class ClusterEngine(Engine):
         if rank is None:
             return
         own = merge([self._shards[0], self._shards[rank]])
-        shards = [own or self._everything(), *(one for index, one in enumerate(self._shards) if index not in (0, rank)
+        shards = [own or self._cut.whole(), *(one for index, one in enumerate(self._shards) if index not in (0, rank)
                                                and own is not None)]
         devices = [Device(self._name, self._profile),
                    *(self._device(peer) for index, peer in enumerate(self._ranks, start=1) if index != rank)]
@@ -283,9 +284,6 @@ class ClusterEngine(Engine):
     @staticmethod
     def _device(peer: Peer) -> Device:
         return Device(peer.member.name, peer.profile, peer.latency_s, peer.bytes_per_s)
-
-    def _everything(self) -> Shard:
-        return Shard(((0, self._cut.n_heads),), ((0, self._cut.n_kv_heads),), ((0, self._cut.ffn_size),), leads=True)
 
     # -- losses ------------------------------------------------------------------------------------------------
     def _peer(self, lost: PeerLost) -> Peer:
@@ -333,7 +331,7 @@ class ClusterEngine(Engine):
         return self.collective.network
 
     def _alone(self) -> None:
-        self._establish([], (self._everything(),), Network(1e-6, 1e12, False))
+        self._establish([], (self._cut.whole(),), Network(1e-6, 1e12, False))
 
 
 def _notice(text: str) -> None:

@@ -58,4 +58,4 @@ def _object(one: Prediction) -> dict[str, object]:
     return {"devices": list(one.devices), "tokens_per_s": round(one.tokens_per_s, 3),
             "compute_ms": round(one.compute_s * 1000, 3), "network_ms": round(one.network_s * 1000, 3),
             "missing_bytes": one.missing_bytes,
-            "parts": [{"heads": part.heads, "ffn": part.ffn} for part in one.shards]}
+            "parts": [{"heads": part.heads, "ffn": part.ffn, "head_rows": part.head_rows} for part in one.shards]}

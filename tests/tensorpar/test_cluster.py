@@ -108,6 +108,26 @@ def test_a_lost_worker_costs_a_pause_and_no_token(model: Path, tmp_path: Path, a
             assert second.token_ids == expected
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_workers_rows_of_the_head_are_the_leaders(model: Path, tmp_path: Path, at_home: AtHome, lost: int,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorpar.planner._gather_s", lambda *_: 0.0)  # it always pays
+    expected = alone(model)
+    with cluster(tmp_path, 2, measured=False) as made:
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            rows = [one["head_rows"] for one in runtime.plan()["cluster"]["devices"]]
+            assert rows == [((0, 128),), ((128, 256),), ((256, 320),)]
+            got = []
+            for piece in answer(runtime):
+                got.append(piece.token_id)
+                if len(got) == 8:
+                    lose(made.workers[lost], "killed")
+            assert got == expected
+            kept = runtime.plan()["cluster"]["devices"]
+            assert len(kept) == 2 and kept[0]["head_rows"] == [((0, 256),), ((0, 128), (256, 320))][lost]
+
+
 def test_a_worker_lost_in_prefill(model: Path, tmp_path: Path, at_home: AtHome) -> None:
     expected = alone(model)
     with cluster(tmp_path, 1, measured=False) as made:

@@ -14,13 +14,14 @@ from edgert.gguf.model_file import ModelFile
 from edgert.memory.profile import DeviceProfile
 from edgert.paths import Paths
 from tensorpar.collectives import Algorithm, Network, choose, seconds
-from tensorpar.planner import Device, predictions, reason
+from tensorpar.planner import Device, predict, predictions, reason
 from tensorpar.plans import Plans
 from tensorpar.profile import Profile
-from tensorpar.shares import Cut, covers, length, shard
+from tensorpar.shares import Cut, covers, length, shard, splits_head
 
 GIB = 2**30
-CUT = Cut(32, 8, 2, 14336, 256, {12: 750_000_000}, {12: 3_200_000_000}, {14: 430_000_000}, 300_000_000, 3_200_000_000)
+CUT = Cut(32, 8, 2, 14336, 256, 128_256, {12: 750_000_000}, {12: 3_200_000_000}, {14: 430_000_000}, 300_000_000,
+          3_200_000_000)
 
 
 def device(name: str, bytes_per_s: float, memory_bytes: int = 16 * GIB, latency_s: float = 0.0) -> Device:
@@ -87,9 +88,23 @@ def test_devices_that_meet_after_every_block_wait_for_the_slowest_of_each(hp: Hy
     two = next(one for one in predictions(CUT, hp, [LAPTOP, device("other", 20e9, latency_s=1e-4)])
                if len(one.devices) == 2)
     small_s = 2e-5 * hp.n_layers
-    layers_s, head_s = (750e6 + 3.2e9) / 2 / 20e9, 430e6 / 20e9
+    layers_s, head_s = (750e6 + 3.2e9) / 2 / 20e9, 430e6 / 2 / 20e9
     cached_s = 2 * 16 * hp.head_dim * 256 * hp.n_layers * 1e-10
     assert two.compute_s == pytest.approx(layers_s + head_s + small_s + cached_s, rel=1e-3)
+
+
+@pytest.mark.parametrize(("latency_s", "bytes_per_s", "splits"), [(1e-4, 1e9, True), (1e-4, 2e7, False),
+                                                                  (2e-2, 1e9, False)])
+def test_the_head_is_computed_by_all_where_its_logits_travel_in_less_time(hp: Hyperparameters, latency_s: float,
+                                                                          bytes_per_s: float, splits: bool) -> None:
+    # Half of the head takes 10.75 ms, half of the logits are 256 kB.
+    other = replace(device("other", 20e9, latency_s=latency_s), bytes_per_s=bytes_per_s)
+    two = next(one for one in predictions(CUT, hp, [LAPTOP, other]) if len(one.devices) == 2)
+    assert splits_head(two.shards) == splits
+    at_once = predict(CUT, hp, [LAPTOP, other], shard(CUT, [1, 1], splits_head=True), 16384)
+    alone = predict(CUT, hp, [LAPTOP, other], shard(CUT, [1, 1]), 16384)
+    assert at_once.compute_s == pytest.approx(alone.compute_s - 430e6 / 2 / 20e9)
+    assert at_once.network_s == pytest.approx(alone.network_s + latency_s + 4 * 64_128 / bytes_per_s, abs=1e-4)
 
 
 def test_a_profile_travels_and_is_doubted() -> None:
