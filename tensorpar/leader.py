@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgert.architectures.base import Architecture
 from edgert.engine.collective import Collective, Solo
 from edgert.engine.engine import Engine
+from edgert.engine.kv_cache import kv_bytes_per_token
 from edgert.errors import OutOfMemory, PeerLost
 from edgert.ggml.backend import Cancelled
 from edgert.gguf.model_file import ModelFile
@@ -57,7 +58,8 @@ class ClusterEngine(Engine):
     def __init__(self, file: ModelFile, arch: Architecture, paths: Paths, profile: Profile, settings: Settings,
                  open_rank: OpenRank, options: ClusterOptions) -> None:
         membership = Membership.leading(paths)
-        self._file, self._whole, self._cut = file, arch, Cut.of(file, arch)
+        self._file, self._whole = file, arch
+        self._cut = Cut.of(file, arch, settings.context_length * kv_bytes_per_token(arch.hp, settings.kv_type))
         self._options, self._settings, self._open_rank = options, settings, open_rank
         self._plans = Plans(paths)
         self._cache, self._profile, self._name = SliceCache(paths), profile, membership.name

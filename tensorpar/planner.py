@@ -24,8 +24,9 @@ SOFTWARE_S = 0.05e-3
 _LAYER_S = 2e-5
 # Of a question and its answer: attention over so many cached tokens.
 N_CACHED = 256
-# Beside the weights: interpreter, libraries, compute buffers, a KV cache of middling length.
-_BESIDE_BYTES = 256 * 2**20
+# Beside weights and KV cache: interpreter, libraries, vocabulary, compute buffers (a leader's were 122 MiB, a worker's
+# 87, Qwen2.5-1.5B).
+_BESIDE_BYTES = 128 * 2**20
 # Subsets of up to this many workers are all looked at: 2**6. Of more, the fastest of every number.
 _MAX_SUBSETS_OF = 6
 
@@ -87,7 +88,7 @@ def predict(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Se
             wire_bytes: int) -> Prediction:
     """What these devices would do with these shards."""
     pairs = list(zip(devices, shards, strict=True))
-    over = [min(cut.read_bytes(one), max(0, cut.stored_bytes(one) + _BESIDE_BYTES - device.profile.memory_bytes))
+    over = [min(cut.read_bytes(one), max(0, cut.kept_bytes(one) + _BESIDE_BYTES - device.profile.memory_bytes))
             for device, one in pairs]
     together_s = (max(_attention_s(cut, hp, device.profile, one) for device, one in pairs)
                   + max(_product_s(device.profile, cut.ffn, length(one.ffn) / cut.ffn_size) for device, one in pairs)
@@ -125,13 +126,13 @@ def _product_s(profile: Profile, matrices: Bytes, share: float = 1.0) -> float:
 def _weights(cut: Cut, devices: Sequence[Device], balance: Balance, *, by_rows: bool) -> list[float]:
     """Each device's part of the work: by speed, and no more than its memory holds while another has room."""
     rates = [1 / (_product_s(one.profile, cut.attention) + _product_s(one.profile, cut.ffn)) for one in devices]
-    total_bytes, leaders = cut.attention_bytes + cut.stored_ffn_bytes, cut.replicated_bytes
+    divided_bytes, leaders_bytes = cut.attention_bytes + cut.stored_ffn_bytes + cut.kv_bytes, 0
     if balance == "bytes" or by_rows:
-        total_bytes += cut.head_bytes
+        divided_bytes += cut.head_bytes
     else:
-        leaders += cut.head_bytes
-    beside = [_BESIDE_BYTES + (leaders if rank == 0 else 0) for rank in range(len(devices))]
-    caps = [max(one.profile.memory_bytes - n_bytes, 2**20) / total_bytes
+        leaders_bytes = cut.head_bytes
+    beside = [_BESIDE_BYTES + (leaders_bytes if rank == 0 else 0) for rank in range(len(devices))]
+    caps = [max(one.profile.memory_bytes - n_bytes, 2**20) / divided_bytes
             for one, n_bytes in zip(devices, beside, strict=True)]
     if sum(caps) <= 1:
         return caps  # everybody streams

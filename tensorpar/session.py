@@ -217,7 +217,9 @@ class Session:
         assert self._group is not None  # set up together with the engine
         start = self._group.follow()
         engine.kv.truncate(start.start)
-        if engine.kv.length != start.start or not 1 <= start.n_outputs <= min(start.n_tokens, engine.batch_size):
+        n_outputs_most = min(start.n_tokens, engine.batch_size)
+        if (engine.kv.length != start.start or start.n_tokens > engine.kv.context_length
+                or not 1 <= start.n_outputs <= n_outputs_most):
             raise BadFrame(f"a pass of {start.n_tokens} tokens at {start.start}, {engine.kv.length} are held")
         began_s, waited_s = time.monotonic(), self._group.waited_s
         engine.step(np.zeros(start.n_tokens, np.int32), start.n_outputs)

@@ -59,9 +59,11 @@ class Cut:
     replicated_bytes: int
     stored_ffn_bytes: int
     """All experts', where a token reads some."""
+    kv_bytes: int = 0
+    """A full cache's keys and values, of all KV heads."""
 
     @classmethod
-    def of(cls, model: ModelFile, arch: Architecture) -> Cut:
+    def of(cls, model: ModelFile, arch: Architecture, kv_bytes: int = 0) -> Cut:
         """The cut of a model whose tensors are checked. Raises ModelFileError where no whole block fits."""
         hp, tensors = arch.hp, model.tensors
         block = _largest_block(tensors.values(), "attn_output.weight")
@@ -79,7 +81,7 @@ class Cut:
         stored = sum(info.n_bytes for info in tensors.values() if _kind(info.name) == "ffn")
         return cls(hp.n_heads, hp.n_kv_heads, block // math.gcd(block, hp.head_dim), ffn_size, ffn_unit,
                    hp.vocab_size, groups["attention"], groups["ffn"], groups["head"], groups["replicated"].total(),
-                   stored)
+                   stored, kv_bytes)
 
     @property
     def attention_bytes(self) -> int:
@@ -121,11 +123,17 @@ class Cut:
         return own + self.head_bytes * length(one.head_rows) // self.n_head_rows
 
     def stored_bytes(self, one: Shard) -> int:
-        """What a rank with this shard holds. The embedding table is a part of the replicated bytes."""
+        """A rank's part of the model. The embedding table is a part of the replicated bytes."""
         own = (self.attention_bytes * length(one.heads) // self.n_heads
                + self.stored_ffn_bytes * length(one.ffn) // self.ffn_size
                + self.head_bytes * length(one.head_rows) // self.n_head_rows)
         return own + (self.replicated_bytes if one.leads else 0)
+
+    def kept_bytes(self, one: Shard) -> int:
+        """What a rank must keep so that nothing streams: weights and cache. The embedding table's rows are read as
+        they are needed."""
+        own = self.stored_bytes(one) - (self.replicated_bytes if one.leads else 0)
+        return own + self.kv_bytes * length(one.kv_heads) // self.n_kv_heads
 
     def whole(self) -> Shard:
         """Everything, on the leader."""

@@ -10,11 +10,12 @@ from pathlib import Path
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
 from edgert.device import cluster_profile, matrix_types
+from edgert.engine.kv_cache import kv_bytes_per_token
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.models.catalog import Catalog
 from edgert.paths import Paths
-from edgert.planning import EngineOptions
+from edgert.planning import EngineOptions, context_length_of
 from edgert.units import format_bytes
 from tensorpar.members import Membership, parse_address
 from tensorpar.planner import Device, Prediction, predictions, reason
@@ -41,7 +42,8 @@ def plan(args: argparse.Namespace) -> int:
                      for one in workers.connected)]
     finally:
         workers.close()
-    found = predictions(Cut.of(file, arch), arch.hp, devices)
+    kv_bytes = context_length_of(arch, options) * kv_bytes_per_token(arch.hp, options.kv_type)
+    found = predictions(Cut.of(file, arch, kv_bytes), arch.hp, devices)
     if args.json:
         print(json.dumps({"model": str(file.path), "predictions": [_object(one) for one in found],
                           "reason": reason(found[0], found)}))
