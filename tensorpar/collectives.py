@@ -252,8 +252,7 @@ class Group:
         self._take_as_sent(values, encoded)
 
     def _gather(self, values: Floats) -> None:
-        """The sum of all parts, on the leader."""
-        self._take_as_sent(values)
+        """The sum of all parts, on the leader. Its own is exact: nobody else adds it."""
         for rank, link in self._links.items():
             raw = self._room(rank, self._wire.n_bytes(len(values)))
             self._receive(link, Kind.PART, raw)
@@ -274,7 +273,6 @@ class Group:
         own = ranges[self.rank]
         received = {rank: self._room(rank, wire.n_bytes(len(own))) for rank in self._links}
         self._swap(Kind.PART, {rank: wire.encode(ranges[rank]) for rank in self._links}, received)
-        self._take_as_sent(own)
         self._add_in_order(own, received)
         encoded = wire.encode(own)
         sums = {rank: self._room(rank, wire.n_bytes(len(ranges[rank]))) for rank in self._links}
@@ -293,10 +291,10 @@ class Group:
             total += values if rank == self.rank else self._wire.decode(received[rank], len(values))
         values[:] = total
 
-    def _take_as_sent(self, values: Floats, encoded: memoryview | None = None) -> None:
+    def _take_as_sent(self, values: Floats, encoded: memoryview) -> None:
         """Let `values` be what the others decode of them."""
         if not self._wire.is_exact:
-            values[:] = self._wire.decode(self._wire.encode(values) if encoded is None else encoded, len(values))
+            values[:] = self._wire.decode(encoded, len(values))
 
     # -- frames ------------------------------------------------------------------------------------------------
     def _swap(self, kind: Kind, out: Mapping[int, memoryview], into: Mapping[int, memoryview]) -> None:

@@ -24,9 +24,8 @@ SOFTWARE_S = 0.05e-3
 _LAYER_S = 2e-5
 # Of a question and its answer: attention over so many cached tokens.
 N_CACHED = 256
-# Beside weights and KV cache: interpreter, libraries, vocabulary, compute buffers (a leader's were 122 MiB, a worker's
-# 87, Qwen2.5-1.5B).
-_BESIDE_BYTES = 128 * 2**20
+# Beside weights and KV cache: compute buffers, and what the process grows by (Qwen2.5-1.5B: 20 to 22 MiB).
+_BESIDE_BYTES = 32 * 2**20
 # Subsets of up to this many workers are all looked at: 2**6. Of more, the fastest of every number.
 _MAX_SUBSETS_OF = 6
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import edgert
 from apps.cli.arguments import cluster_options
 from apps.cli.main import main
+from apps.cluster.doctor import _examine_device
 from benchmarks.cluster_processes import DEADLINE_S, TestCluster, WorkerProcess, cluster, pair
 from edgert.errors import ClusterError
 from edgert.runtime import Runtime
@@ -102,6 +104,17 @@ def test_status_names_devices_and_what_they_do(made: TestCluster, at_home: Calla
     assert main(["cluster", "status"]) == 0
     shown = capsys.readouterr().out
     assert "leader leads; 1 other devices" in shown and "worker1" in shown and "waits" in shown
+
+
+def test_the_doctor_sees_another_version(made: TestCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    membership = Membership.load(made.leader_paths)
+    assert membership is not None
+    member = membership.members[0]
+    for version, failed in ((edgert.__version__, []), ("99.1", ["worker1: version"])):
+        monkeypatch.setattr("edgert.__version__", version)
+        found = list(_examine_device(membership, member, [(member.host, member.port)]))
+        assert [one.what for one in found if not one.is_well] == failed
+        assert len(found) == 4 and all("99.1" in one.remedy for one in found if not one.is_well)
 
 
 def test_plan_predicts_every_set_of_devices(made: TestCluster, at_home: Callable[[Path], None],

@@ -78,7 +78,7 @@ def test_a_faster_device_gets_more_and_a_full_one_no_more_than_it_holds(hp: Hype
     three = next(one for one in predictions(CUT, hp, [LAPTOP, fast, tiny]) if len(one.devices) == 3)
     assert covers(CUT, three.shards)
     _, of_fast, of_tiny = (CUT.stored_bytes(one) for one in three.shards)
-    assert of_fast > 1.5 * of_tiny and of_tiny < 0.9 * GIB
+    assert of_fast > 1.5 * of_tiny and of_tiny < GIB - 2**25
     two = next(one for one in predictions(CUT, hp, [LAPTOP, fast]) if len(one.devices) == 2)
     assert 2.5 < length(two.shards[1].ffn) / length(two.shards[0].ffn) < 3.5
     assert length(two.shards[1].heads) / length(two.shards[0].heads) == 3
@@ -86,7 +86,7 @@ def test_a_faster_device_gets_more_and_a_full_one_no_more_than_it_holds(hp: Hype
 
 def test_what_must_fit_is_weights_and_cache_but_not_the_embedding_table(hp: Hyperparameters) -> None:
     kept = CUT.attention_bytes + CUT.ffn_bytes + CUT.head_bytes
-    half = (kept + 256 * 2**20) // 2
+    half = (kept + 2 * 32 * 2**20) // 2
     for memory_bytes, kv_bytes, missing in ((half + 2**24, 0, False), (half - 2**26, 0, True),
                                             (half + 2**24, 2**28, True)):
         pair = [device("a", 20e9, memory_bytes), device("b", 20e9, memory_bytes, 1e-4)]
