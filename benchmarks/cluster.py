@@ -34,6 +34,8 @@ def main() -> None:
             command.add_argument("model", type=Path)
         if n_runs:
             command.add_argument("--runs", type=int, default=n_runs)
+        if function is predicted:
+            command.add_argument("--delays", type=float, nargs="+", default=[0.0, 1.0, 5.0], metavar="MS")
         if function is perplexity:
             command.add_argument("--texts", type=Path, nargs="+", default=None)
             command.add_argument("--tokens", type=int, default=1024, help="of each text (1024)")

@@ -132,7 +132,7 @@ def predicted(args: argparse.Namespace) -> None:
     """Tokens/s as predicted and as measured, alone and together, after as many tokens as predictions are for."""
     prompt = [100 + number % 100 for number in range(N_CACHED - 16)]
     pin(os.getpid(), 0)
-    for delay_ms in (0.0, 1.0, 5.0):
+    for delay_ms in args.delays:
         with running(1) as made, ExitStack() as relays:
             _pin_workers(made)
             _redirect(made, [relays.enter_context(_far(one.port, delay_ms)) if delay_ms else one.port
