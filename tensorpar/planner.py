@@ -26,6 +26,9 @@ _LAYER_S = 2e-5
 N_CACHED = 256
 # Beside weights and KV cache: compute buffers, and what the process grows by (Qwen2.5-1.5B: 20 to 22 MiB).
 _BESIDE_BYTES = 32 * 2**20
+# A device this near to the fastest counts as equally fast: two measurements of one device differ by as much, and who has
+# more than its part is waited for at every sum.
+_ALIKE = 0.93
 # Subsets of up to this many workers are all looked at: 2**6. Of more, the fastest of every number.
 _MAX_SUBSETS_OF = 6
 
@@ -125,6 +128,7 @@ def _product_s(profile: Profile, matrices: Bytes, share: float = 1.0) -> float:
 def _weights(cut: Cut, devices: Sequence[Device], balance: Balance, *, by_rows: bool) -> list[float]:
     """Each device's part of the work: by speed, and no more than its memory holds while another has room."""
     rates = [1 / (_product_s(one.profile, cut.attention) + _product_s(one.profile, cut.ffn)) for one in devices]
+    rates = [max(rates) if one > _ALIKE * max(rates) else one for one in rates]
     divided_bytes, leaders_bytes = cut.attention_bytes + cut.stored_ffn_bytes + cut.kv_bytes, 0
     if balance == "bytes" or by_rows:
         divided_bytes += cut.head_bytes

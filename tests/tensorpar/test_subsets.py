@@ -84,6 +84,14 @@ def test_a_faster_device_gets_more_and_a_full_one_no_more_than_it_holds(hp: Hype
     assert length(two.shards[1].heads) / length(two.shards[0].heads) == 3
 
 
+@pytest.mark.parametrize(("bytes_per_s", "is_alike"), [(19e9, True), (21e9, True), (17e9, False), (24e9, False)])
+def test_devices_that_are_measured_about_alike_have_equal_parts(hp: Hyperparameters, bytes_per_s: float,
+                                                                is_alike: bool) -> None:
+    other = device("other", bytes_per_s, latency_s=1e-4)
+    first, second = next(one.shards for one in predictions(CUT, hp, [LAPTOP, other]) if len(one.devices) == 2)
+    assert (length(first.ffn) == length(second.ffn)) == is_alike
+
+
 def test_what_must_fit_is_weights_and_cache_but_not_the_embedding_table(hp: Hyperparameters) -> None:
     kept = CUT.attention_bytes + CUT.ffn_bytes + CUT.head_bytes
     half = (kept + 2 * 32 * 2**20) // 2
