@@ -26,8 +26,8 @@ _LAYER_S = 2e-5
 N_CACHED = 256
 # Beside weights and KV cache: compute buffers, and what the process grows by (Qwen2.5-1.5B: 20 to 22 MiB).
 _BESIDE_BYTES = 32 * 2**20
-# A device this near to the fastest counts as equally fast: two measurements of one device differ by as much, and who has
-# more than its part is waited for at every sum.
+# A device this near to the fastest counts as equally fast: two measurements of one differ by as much, and who has more
+# than its part is waited for at every sum.
 _ALIKE = 0.93
 # Subsets of up to this many workers are all looked at: 2**6. Of more, the fastest of every number.
 _MAX_SUBSETS_OF = 6
