@@ -26,12 +26,26 @@ from tensorpar.planner import N_CACHED
 from tensorpar.workers import ClusterOptions
 
 _MEMORY_SHARE, _N_COMPOSED = 0.6, 24
+_DECODE = """
+import os, sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from cluster_models import decode_ms, load, pin
+pin(os.getpid(), 1)
+with load(Path(sys.argv[2]), None) as runtime:
+    decode_ms(runtime, 4)
+    print("computes", flush=True)
+    while True:
+        decode_ms(runtime, 256)
+"""
 
 
 def pays(args: argparse.Namespace) -> None:
-    """Two pinned processes against one; and what two cores could give at most, each computing its part beside the
-    other."""
+    """Two pinned processes against one; and what two cores give at most: two processes that compute all on their own,
+    each beside the other."""
     pin(os.getpid(), 0)
+    with load(args.model, None) as one, _neighbour(args.model):
+        beside_ms = decode_ms(one, 32)
     with running(1) as made:
         _pin_workers(made)
         with (load(args.model, None) as one,
@@ -41,12 +55,28 @@ def pays(args: argparse.Namespace) -> None:
             plan = two.plan()["cluster"]
         alone_ms, together_ms = (statistics.median(of_one) for of_one in zip(*pairs, strict=True))
         ratios = [a / b for a, b in pairs]
+        most = 2 * alone_ms / beside_ms
         computed = " and ".join(f"{ms:.2f}" for ms in found.compute_ms)
         rows = [sum(end - start for start, end in one["head_rows"]) for one in plan["devices"]]
         print(f"{args.model.name}: alone {1000 / alone_ms:.2f} tokens/s, two processes {1000 / together_ms:.2f}, ratio "
               f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}; goal 1.7); rows of the head "
-              f"{rows}; of {found.token_ms:.2f} ms the ranks are busy for {computed} beside each other, half of one's "
-              f"time is {alone_ms / 2:.2f}: at most {alone_ms / max(found.compute_ms):.3f}; {plan['reason']}")
+              f"{rows}; {plan['reason']}\nof {found.token_ms:.2f} ms the ranks are busy for {computed}, half of one's "
+              f"time is {alone_ms / 2:.2f}; two that share nothing but memory take {beside_ms:.2f} ms a token each, so "
+              f"with sums that cost nothing at most {most:.3f}")
+
+
+@contextmanager
+def _neighbour(model: Path) -> Iterator[None]:
+    """Another process decodes the same model on the other core, on and on."""
+    process = subprocess.Popen([sys.executable, "-c", _DECODE, str(Path(__file__).parent), str(model)],
+                               stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def composition(args: argparse.Namespace) -> None:
