@@ -57,7 +57,7 @@ def test_graphs_from_sum_to_sum_compute_what_blocks_do(tiny_model: TinyModel, tm
             step(engines, random_tokens(PROMPT))
             runs.append([step(engines, random_tokens(n, seed=n), n_outputs)
                          for n, n_outputs in ((1, 1), (1, 1), (4, 2), (1, 1), (4, 4))])
-            assert [len(engine._segments._states) for engine in engines] == [2 * in_segments] * 2
+            assert [len(engine._segments._states._states) for engine in engines] == [2 * in_segments] * 2
     for mine, theirs in zip(*runs, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
