@@ -76,7 +76,7 @@ class _Cache(SliceCache):
 
 
 class _Cells:
-    length = 0
+    length, context_length = 0, 64
 
     def truncate(self, n_tokens: int) -> None:
         self.length = min(self.length, n_tokens)

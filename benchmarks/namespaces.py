@@ -58,6 +58,10 @@ class Host:
     def mend(self) -> None:
         _ip("-n", self.switch, "link", "set", self.port, "up")
 
+    def lose(self, other: Host) -> None:
+        """Nothing that this host sends to the other arrives any more, and nobody is told."""
+        _ip("-n", self.namespace, "route", "add", "blackhole", other.address)
+
     def limit(self, mbit_s: float) -> None:
         """A cable of so many Mbit/s in each direction (`tc tbf`)."""
         for namespace, device in ((self.namespace, "eth0"), (self.switch, self.port)):

@@ -54,8 +54,10 @@ def cluster_profile(paths: Paths, options: EngineOptions, types: Iterable[int], 
     from tensorpar.profile import Profile
 
     device = measured_profile(paths, options.n_threads, types, head_dim, file)
-    memory_bytes = options.memory_bytes or MemoryProbe().available_bytes()
-    return Profile.of(device, memory_bytes, options.settled_layout, head_dim)
+    probe = MemoryProbe()
+    left_bytes = (probe.available_bytes() if options.memory_bytes is None
+                  else max(0, options.memory_bytes - probe.process_bytes()))
+    return Profile.of(device, left_bytes, options.settled_layout, head_dim)
 
 
 def matrix_types(file: ModelFile) -> set[int]:

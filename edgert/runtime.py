@@ -15,7 +15,7 @@ from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from edgert.architectures.base import Architecture
+from edgert.architectures.base import HEAD_ROWS_KEY, Architecture
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
 from edgert.device import cluster_profile, matrix_types
@@ -102,6 +102,8 @@ class Runtime:
         path = Catalog(paths, models_dirs).find(str(model))
         with tracer.span("header", "load"):
             file = ModelFile.open(path)
+        if file.has(HEAD_ROWS_KEY):
+            raise ModelFileError(str(path), "is one device's part of a model", "Use the model's own file.")
         options = EngineOptions(None if memory is None else parse_bytes(memory), context, threads or usable_cores(),
                                 batch, kv_type, layout, speculate, kv_budget, kv_store)
         if cluster is not None and isinstance(kv_budget, int):

@@ -8,19 +8,23 @@ Sources: TPI-LLM, arXiv 2410.00531, section 3.2 (star); Thakur et al. 2005, sect
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgert.errors import ClusterError, PeerLost
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Tensor
 from tensorpar.frames import MAX_DATA_BYTES, BadFrame, Kind, Moment
 from tensorpar.link import Link
+from tensorpar.shares import Range, length
+from tensorpar.sum_times import SumTimes
 from tensorpar.wire import WIRES, Floats, WireName
 
 Algorithm = Literal["star", "one-shot", "scatter"]
@@ -83,11 +87,13 @@ def choose(n_bytes: int, n_ranks: int, network: Network) -> Algorithm:
 class Group:
     """A Collective over links to other ranks: all of them, or (star only) just the leader's.
 
-    `algorithm` None chooses for every size anew. Every rank must be given the same network, wire and algorithm.
+    `algorithm` None chooses for every size anew. Every rank must be given the same network, wire, algorithm and
+    `splits_head`; with that, rank 0 also the rows of the output head that each rank computes.
     """
 
     def __init__(self, rank: int, world_size: int, links: Mapping[int, Link], *, epoch: int = 0, network: Network,
-                 wire: WireName = "f32", algorithm: Algorithm | None = None) -> None:
+                 wire: WireName = "f32", algorithm: Algorithm | None = None, splits_head: bool = False,
+                 head_rows: Sequence[Sequence[Range]] = (), times: SumTimes | None = None) -> None:
         self.rank, self.world_size = rank, world_size
         self.network, self._wire, self._algorithm = network, WIRES[wire], algorithm
         self._links = dict(sorted(links.items()))
@@ -95,7 +101,15 @@ class Group:
         self._pass = PassStart(0, 0, 0)
         self._arrays: dict[int, tuple[Tensor | None, int, Floats]] = {}
         self._rooms: dict[int, memoryview] = {}
+        self._times = times or SumTimes()
+        self.splits_head, self._head_rows = splits_head, head_rows
+        self._logits: NDArray[np.float32] = np.empty((0, 0), np.float32)
         self.n_broadcasts = self.n_all_reduces = self.n_reduces = 0
+
+    @property
+    def waited_s(self) -> float:
+        """How long other ranks were waited for so far."""
+        return sum(link.waited_s for link in self._links.values())
 
     def join(self, links: Mapping[int, Link], network: Network) -> None:
         """From here on these links to other workers are used too."""
@@ -150,6 +164,7 @@ class Group:
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         self.n_all_reduces += 1
+        began_s = time.perf_counter()
         values = self._values(partial)
         match self.algorithm(self._wire.n_bytes(len(values))):
             case "star":
@@ -159,6 +174,7 @@ class Group:
             case "scatter":
                 self._scatter(values)
         self._advance()
+        self._times.add(time.perf_counter() - began_s)
         return partial
 
     def reduce(self, partial: Tensor) -> Tensor:
@@ -170,6 +186,34 @@ class Group:
             self._gather(values)
         self._advance()
         return partial
+
+    def gather(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Token by token, and as float32 whatever the wire."""
+        if not self.splits_head:
+            return logits
+        if self.rank:
+            for row in logits:
+                self._links[0].send(Kind.PART, self._moment, row.data.cast("B"))
+        else:
+            logits = self._gather_rows(logits)
+        self._advance()
+        return logits
+
+    def _gather_rows(self, own: NDArray[np.float32]) -> NDArray[np.float32]:
+        shape = len(own), sum(map(length, self._head_rows))
+        if self._logits.shape != shape:
+            self._logits = np.empty(shape, np.float32)
+        for rank, ranges in enumerate(self._head_rows):
+            for index, row in enumerate(self._logits):
+                parts = [row[start:end] for start, end in ranges]
+                if rank:
+                    self._receive_into(self._links[rank], [one.data.cast("B") for one in parts])
+                else:
+                    position = 0
+                    for part in parts:
+                        part[:] = own[index, position:position + len(part)]
+                        position += len(part)
+        return self._logits
 
     def _advance(self) -> None:
         self._moment = Moment(self._moment.epoch, self._moment.number, self._moment.turn + 1)
@@ -208,8 +252,7 @@ class Group:
         self._take_as_sent(values, encoded)
 
     def _gather(self, values: Floats) -> None:
-        """The sum of all parts, on the leader."""
-        self._take_as_sent(values)
+        """The sum of all parts, on the leader. Its own is exact: nobody else adds it."""
         for rank, link in self._links.items():
             raw = self._room(rank, self._wire.n_bytes(len(values)))
             self._receive(link, Kind.PART, raw)
@@ -230,7 +273,6 @@ class Group:
         own = ranges[self.rank]
         received = {rank: self._room(rank, wire.n_bytes(len(own))) for rank in self._links}
         self._swap(Kind.PART, {rank: wire.encode(ranges[rank]) for rank in self._links}, received)
-        self._take_as_sent(own)
         self._add_in_order(own, received)
         encoded = wire.encode(own)
         sums = {rank: self._room(rank, wire.n_bytes(len(ranges[rank]))) for rank in self._links}
@@ -249,10 +291,10 @@ class Group:
             total += values if rank == self.rank else self._wire.decode(received[rank], len(values))
         values[:] = total
 
-    def _take_as_sent(self, values: Floats, encoded: memoryview | None = None) -> None:
+    def _take_as_sent(self, values: Floats, encoded: memoryview) -> None:
         """Let `values` be what the others decode of them."""
         if not self._wire.is_exact:
-            values[:] = self._wire.decode(self._wire.encode(values) if encoded is None else encoded, len(values))
+            values[:] = self._wire.decode(encoded, len(values))
 
     # -- frames ------------------------------------------------------------------------------------------------
     def _swap(self, kind: Kind, out: Mapping[int, memoryview], into: Mapping[int, memoryview]) -> None:
@@ -269,6 +311,13 @@ class Group:
     def _receive(self, link: Link, kind: Kind, into: memoryview) -> None:
         self._expect(link, kind, len(into))
         link.take(into)
+
+    def _receive_into(self, link: Link, parts: Sequence[memoryview]) -> None:
+        """One frame, into several places."""
+        self._expect(link, Kind.PART, sum(map(len, parts)))
+        for part in parts[:-1]:
+            link.take_part(part)
+        link.take(parts[-1])
 
     def _expect(self, link: Link, kind: Kind, n_bytes: int) -> None:
         """Drop what an abandoned pass left; then the frame that belongs here is next. Raises Abandoned, BadFrame."""

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from edgert.architectures.base import Architecture
 from edgert.engine.collective import Collective, Solo
 from edgert.engine.engine import Engine
-from edgert.errors import ClusterError, OutOfMemory, PeerLost
+from edgert.engine.kv_cache import kv_bytes_per_token
+from edgert.errors import OutOfMemory, PeerLost
 from edgert.ggml.backend import Cancelled
 from edgert.gguf.model_file import ModelFile
 from edgert.paths import Paths
@@ -32,9 +33,10 @@ from tensorpar.peer import Peer
 from tensorpar.planner import Device, Prediction, predict, predictions, reason
 from tensorpar.plans import WORTH_KEEPING, Plans
 from tensorpar.profile import Profile
-from tensorpar.shares import Cut, Shard, merge
+from tensorpar.shares import Cut, Shard, merge, splits_head
 from tensorpar.slice_cache import SliceCache
 from tensorpar.slice_file import SliceFile
+from tensorpar.sum_times import SumTimes
 from tensorpar.workers import ClusterOptions, Workers
 
 # One way: from here on, the 2L sums of a pass take longer than what a guess or two cost in computing.
@@ -55,10 +57,9 @@ class ClusterEngine(Engine):
 
     def __init__(self, file: ModelFile, arch: Architecture, paths: Paths, profile: Profile, settings: Settings,
                  open_rank: OpenRank, options: ClusterOptions) -> None:
-        membership = Membership.load(paths)
-        if membership is None or membership.role != "leader":
-            raise ClusterError("this device leads no cluster", "Begin with `edgert cluster init`.")
-        self._file, self._whole, self._cut = file, arch, Cut.of(file, arch)
+        membership = Membership.leading(paths)
+        self._file, self._whole = file, arch
+        self._cut = Cut.of(file, arch, settings.context_length * kv_bytes_per_token(arch.hp, settings.kv_type))
         self._options, self._settings, self._open_rank = options, settings, open_rank
         self._plans = Plans(paths)
         self._cache, self._profile, self._name = SliceCache(paths), profile, membership.name
@@ -69,7 +70,7 @@ class ClusterEngine(Engine):
         self._reason, self._in_pass, self._may_mesh = "", False, True
         self.prediction: Prediction
         self._inner: Engine | None = None
-        self._pace = Pace()
+        self._pace, self._sum_times = Pace(), SumTimes()
         self._slow: int | None = None
         try:
             for problem in self._workers.connect():
@@ -127,13 +128,13 @@ class ClusterEngine(Engine):
             self._plan_anew()
 
     def plan(self) -> dict[str, Any]:
-        ranks = [{"name": name, "heads": one.heads, "ffn": one.ffn, "bytes": self._cut.stored_bytes(one)}
-                 for name, one in zip(self._names(), self._shards, strict=True)]
+        ranks = [{"name": name, "heads": one.heads, "ffn": one.ffn, "head_rows": one.head_rows,
+                  "bytes": self._cut.stored_bytes(one)} for name, one in zip(self._names(), self._shards, strict=True)]
         sent = {one.member.name: one.sent_slice_bytes for one in self._ranks}
         peer_bytes = {one.member.name: (one.link.sent_bytes, one.link.received_bytes) for one in self._ranks}
         return {**super().plan(), "cluster": {"devices": ranks, "epoch": self._epoch, "reason": self._reason,
                                               "sent_slice_bytes": sent, "peer_bytes": peer_bytes,
-                                              "wire": self._options.wire,
+                                              "wire": self._options.wire, "sums": self._sum_times.to_dict(),
                                               "is_mesh": isinstance(self.collective, Group)
                                               and self.collective.network.is_mesh}}
 
@@ -212,14 +213,15 @@ class ClusterEngine(Engine):
         for peer in peers:
             peer.link.check_alive = self._check_all  # one may wait for another
         group = Group(0, len(shards), links, epoch=self._epoch, network=network, wire=self._options.wire,
-                      algorithm=self._options.algorithm)
+                      algorithm=self._options.algorithm, splits_head=splits_head(shards),
+                      head_rows=[one.head_rows for one in shards], times=self._sum_times)
         self._adopt(self._open_rank(own, group))
 
     def _setup(self, rank: int, slice_file: SliceFile, network: Network) -> Setup:
         if len(self._shards) > 2:
             network = replace(network, is_mesh=False)  # until all have met
         return Setup(self._epoch, rank, len(self._shards), slice_file.key.hex(), slice_file.size_bytes, self._settings,
-                     network, self._options.wire, self._options.algorithm)
+                     network, self._options.wire, self._options.algorithm, splits_head(self._shards))
 
     def _introduce(self, peers: Sequence[Peer], network: Network) -> Network:
         """Let the workers connect to each other, so that sums need not pass through here. The network as it then is.
@@ -273,7 +275,7 @@ class ClusterEngine(Engine):
         if rank is None:
             return
         own = merge([self._shards[0], self._shards[rank]])
-        shards = [own or self._everything(), *(one for index, one in enumerate(self._shards) if index not in (0, rank)
+        shards = [own or self._cut.whole(), *(one for index, one in enumerate(self._shards) if index not in (0, rank)
                                                and own is not None)]
         devices = [Device(self._name, self._profile),
                    *(self._device(peer) for index, peer in enumerate(self._ranks, start=1) if index != rank)]
@@ -284,9 +286,6 @@ class ClusterEngine(Engine):
     @staticmethod
     def _device(peer: Peer) -> Device:
         return Device(peer.member.name, peer.profile, peer.latency_s, peer.bytes_per_s)
-
-    def _everything(self) -> Shard:
-        return Shard(((0, self._cut.n_heads),), ((0, self._cut.n_kv_heads),), ((0, self._cut.ffn_size),), leads=True)
 
     # -- losses ------------------------------------------------------------------------------------------------
     def _peer(self, lost: PeerLost) -> Peer:
@@ -334,7 +333,7 @@ class ClusterEngine(Engine):
         return self.collective.network
 
     def _alone(self) -> None:
-        self._establish([], (self._everything(),), Network(1e-6, 1e12, False))
+        self._establish([], (self._cut.whole(),), Network(1e-6, 1e12, False))
 
 
 def _notice(text: str) -> None:

@@ -75,6 +75,14 @@ class Membership:
             raise ClusterError(f"{path} is damaged: {error}",
                                f"Remove {directory} and pair the devices again.") from error
 
+    @classmethod
+    def leading(cls, paths: Paths) -> Membership:
+        """This device's membership, where it leads. Raises ClusterError."""
+        found = cls.load(paths)
+        if found is None or found.role != "leader":
+            raise ClusterError("this device leads no cluster", "Begin with `edgert cluster init`.")
+        return found
+
     @property
     def identity(self) -> Identity:
         return Identity.load_or_create(self.directory, self.name)

@@ -7,6 +7,7 @@ through the leader.
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from tensorpar.probe import Speed, echo, measure
 _DIAL_S = 3.0
 # All are ready when they dial: more than handshakes and measurements need, on a slow card.
 _MEETING_S = 5.0
+# Between workers there are no heartbeats: in a pass each sends to the other and then waits, so that what is not
+# acknowledged for so long (by the other's system, however busy or stopped it is) tells that nothing arrives any more.
+_UNHEARD_MS = 2500
 
 
 class Mesh:
@@ -47,6 +51,7 @@ class Mesh:
                 or not is_one_of(tls, [certificate])):
             raise ClusterError("somebody came who was not introduced")
         link.rank = rank
+        _notice_silence(tls)
         while link.peek(2**20, _MEETING_S).kind is Kind.PROBE:
             echo(link)
         link.receive_message(Kind.READY, within_s=_MEETING_S)
@@ -69,7 +74,9 @@ class Mesh:
                      min((one.bytes_per_s for one in speeds), default=1e12))
 
     def _dial(self, rank: int, host: str, port: int, certificate: str) -> Speed:
-        link = Link(self._identity.dial(host, port, certificate, _DIAL_S), rank)
+        tls = self._identity.dial(host, port, certificate, _DIAL_S)
+        _notice_silence(tls)
+        link = Link(tls, rank)
         try:
             link.send_message(Kind.HELLO, {"purpose": "rank", "rank": self._rank,
                                            "meeting": self._introduction.meeting}, within_s=_MEETING_S)
@@ -88,3 +95,10 @@ class Mesh:
             for link in self.links.values():
                 link.close()
             self.links = {}
+
+
+def _notice_silence(sock: socket.socket) -> None:
+    """Let a connection break over which nothing arrives any more, though nobody has closed it."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux (RFC 5482); elsewhere the wait's own deadline ends it
+    if option is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, option, _UNHEARD_MS)

@@ -46,6 +46,7 @@ class Setup:
     network: Network
     wire: WireName
     algorithm: Algorithm | None
+    splits_head: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,7 +72,7 @@ class Setup:
             Settings(whole(settings, "context_length", 1, MAX_CONTEXT), whole(settings, "batch_size", 1, _MAX_BATCH),
                      cast(KVType, kv_type), cast(LayoutChoice, layout)),
             network_of_message(network),
-            cast(WireName, wire), cast("Algorithm | None", algorithm))
+            cast(WireName, wire), cast("Algorithm | None", algorithm), raw.get("splits_head") is True)
 
 
 @dataclass(frozen=True, slots=True)

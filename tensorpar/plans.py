@@ -46,7 +46,7 @@ class Plans:
 
 
 def _shard(raw: dict[str, Any], leads: bool) -> Shard:
-    return Shard(_ranges(raw["heads"]), _ranges(raw["kv_heads"]), _ranges(raw["ffn"]), leads)
+    return Shard(_ranges(raw["heads"]), _ranges(raw["kv_heads"]), _ranges(raw["ffn"]), _ranges(raw["head_rows"]), leads)
 
 
 def _ranges(raw: Sequence[Sequence[int]]) -> tuple[Range, ...]:

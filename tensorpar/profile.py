@@ -28,7 +28,7 @@ class Profile:
     """By ggml type: seconds to multiply a byte of a matrix, in the layout that this device uses."""
     attend_s: float  # for each product of a query's or a weight's value with a cached one
     disk_bytes_s: float
-    memory_bytes: int
+    memory_bytes: int  # what it has left for its part of a model
     n_threads: int
 
     @classmethod

@@ -175,7 +175,7 @@ class Session:
     def _set_up(self, setup: Setup) -> None:
         self._close_mesh()
         group = Group(setup.rank, setup.world_size, {0: self._link}, epoch=setup.epoch, network=setup.network,
-                      wire=setup.wire, algorithm=setup.algorithm)
+                      wire=setup.wire, algorithm=setup.algorithm, splits_head=setup.splits_head)
         wanted = (setup.key, setup.settings)
         if self._engine is not None and self._opened == wanted:  # the others have changed, not this one's part
             self._engine.collective = group
@@ -217,11 +217,13 @@ class Session:
         assert self._group is not None  # set up together with the engine
         start = self._group.follow()
         engine.kv.truncate(start.start)
-        if engine.kv.length != start.start or not 1 <= start.n_outputs <= min(start.n_tokens, engine.batch_size):
+        n_outputs_most = min(start.n_tokens, engine.batch_size)
+        if (engine.kv.length != start.start or start.n_tokens > engine.kv.context_length
+                or not 1 <= start.n_outputs <= n_outputs_most):
             raise BadFrame(f"a pass of {start.n_tokens} tokens at {start.start}, {engine.kv.length} are held")
-        began_s, waited_s = time.monotonic(), self._link.waited_s
+        began_s, waited_s = time.monotonic(), self._group.waited_s
         engine.step(np.zeros(start.n_tokens, np.int32), start.n_outputs)
-        self._computed_s += time.monotonic() - began_s - (self._link.waited_s - waited_s)
+        self._computed_s += time.monotonic() - began_s - (self._group.waited_s - waited_s)
         self._n_passes += 1
 
     def _close_engine(self) -> None:

@@ -1,10 +1,10 @@
 """Which heads and which part of the FFN each rank computes: pure arithmetic over a model's sizes.
 
 Attention is divided by whole KV groups, or within a group when there are more ranks than groups (K and V are then on
-several ranks); the FFN, and each expert's, by whole quantisation blocks. Nothing is quantised anew. Ranks meet after
-every block, so each block is divided by itself, and who is quick in one cannot make up for another; where bytes count
-instead (memory, disk), the FFN makes up for what heads and the output head leave uneven. Knows no bytes of a file
-(tensorpar/slices.py) and no devices (tensorpar/planner.py).
+several ranks); the FFN, and each expert's, by whole quantisation blocks; the output head by rows, if at all. Nothing is
+quantised anew. Ranks meet after every block, so each block is divided by itself, and who is quick in one cannot make up
+for another; where bytes count instead (memory, disk), the FFN makes up for what heads and the output head leave uneven.
+Knows no bytes of a file (tensorpar/slices.py) and no devices (tensorpar/planner.py).
 Source: TPI-LLM, arXiv 2410.00531, section 3.1.
 """
 
@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from edgert.architectures.base import Architecture
@@ -26,16 +26,19 @@ Range = tuple[int, int]  # from, up to and without
 Bytes = Mapping[int, float]  # by ggml type
 # What is divided evenly: every block's time, or what each rank reads in all.
 Balance = Literal["blocks", "bytes"]
+# Rows of the output head are cut where a repacked layout may be: it takes 4 to 16 rows together.
+_ROWS_UNIT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one rank computes of every layer. `leads` is rank 0, which also holds embedding, output head and the
-    biases that are added once."""
+    """What one rank computes of every layer, and its rows of the output head. `leads` is rank 0, which also holds the
+    embedding and the biases that are added once."""
 
     heads: tuple[Range, ...]
     kv_heads: tuple[Range, ...]
     ffn: tuple[Range, ...]
+    head_rows: tuple[Range, ...] = ()
     leads: bool = False
 
 
@@ -49,15 +52,18 @@ class Cut:
     """Heads that a quantisation block of the output projection spans: they stay together."""
     ffn_size: int
     ffn_unit: int
+    n_head_rows: int
     attention: Bytes
     ffn: Bytes
-    leader: Bytes
+    head: Bytes
     replicated_bytes: int
     stored_ffn_bytes: int
     """All experts', where a token reads some."""
+    kv_bytes: int = 0
+    """A full cache's keys and values, of all KV heads."""
 
     @classmethod
-    def of(cls, model: ModelFile, arch: Architecture) -> Cut:
+    def of(cls, model: ModelFile, arch: Architecture, kv_bytes: int = 0) -> Cut:
         """The cut of a model whose tensors are checked. Raises ModelFileError where no whole block fits."""
         hp, tensors = arch.hp, model.tensors
         block = _largest_block(tensors.values(), "attn_output.weight")
@@ -66,15 +72,16 @@ class Cut:
         if hp.n_heads * hp.head_dim % block or ffn_size % ffn_unit:
             raise ModelFileError(str(model.path), "its rows are no whole number of quantisation blocks")
         used = hp.n_experts_used / hp.n_experts if hp.n_experts else 1.0
-        groups: dict[str, Counter[int]] = {kind: Counter() for kind in ("attention", "ffn", "leader", "replicated")}
+        groups: dict[str, Counter[int]] = {kind: Counter() for kind in ("attention", "ffn", "head", "replicated")}
         for info in tensors.values():
             groups[_kind(info.name)][info.type.id] += int(info.n_bytes * (used if "_exps" in info.name else 1.0))
         if "output.weight" not in tensors:
             table = tensors["token_embd.weight"]
-            groups["leader"][table.type.id] += table.n_bytes
+            groups["head"][table.type.id] += table.n_bytes
         stored = sum(info.n_bytes for info in tensors.values() if _kind(info.name) == "ffn")
         return cls(hp.n_heads, hp.n_kv_heads, block // math.gcd(block, hp.head_dim), ffn_size, ffn_unit,
-                   groups["attention"], groups["ffn"], groups["leader"], groups["replicated"].total(), stored)
+                   hp.vocab_size, groups["attention"], groups["ffn"], groups["head"], groups["replicated"].total(),
+                   stored, kv_bytes)
 
     @property
     def attention_bytes(self) -> int:
@@ -85,8 +92,8 @@ class Cut:
         return int(sum(self.ffn.values()))
 
     @property
-    def leader_bytes(self) -> int:
-        return int(sum(self.leader.values()))
+    def head_bytes(self) -> int:
+        return int(sum(self.head.values()))
 
     @property
     def group_unit(self) -> int:
@@ -101,20 +108,37 @@ class Cut:
         return min(self.n_heads // finest, self.ffn_size // self.ffn_unit)
 
     @property
+    def max_head_ranks(self) -> int:
+        """Among more ranks than this the rows of the output head cannot be divided."""
+        return self.n_head_rows // _ROWS_UNIT
+
+    @property
     def total_bytes(self) -> int:
-        return self.attention_bytes + self.ffn_bytes + self.leader_bytes
+        return self.attention_bytes + self.ffn_bytes + self.head_bytes
 
     def read_bytes(self, one: Shard) -> int:
         """What a rank with this shard reads for each token."""
         own = (self.attention_bytes * length(one.heads) // self.n_heads
                + self.ffn_bytes * length(one.ffn) // self.ffn_size)
-        return own + (self.leader_bytes if one.leads else 0)
+        return own + self.head_bytes * length(one.head_rows) // self.n_head_rows
 
     def stored_bytes(self, one: Shard) -> int:
-        """What a rank with this shard holds. The embedding table is a part of the replicated bytes."""
+        """A rank's part of the model. The embedding table is a part of the replicated bytes."""
         own = (self.attention_bytes * length(one.heads) // self.n_heads
-               + self.stored_ffn_bytes * length(one.ffn) // self.ffn_size)
-        return own + (self.leader_bytes + self.replicated_bytes if one.leads else 0)
+               + self.stored_ffn_bytes * length(one.ffn) // self.ffn_size
+               + self.head_bytes * length(one.head_rows) // self.n_head_rows)
+        return own + (self.replicated_bytes if one.leads else 0)
+
+    def kept_bytes(self, one: Shard) -> int:
+        """What a rank must keep so that nothing streams: weights and cache. The embedding table's rows are read as
+        they are needed."""
+        own = self.stored_bytes(one) - (self.replicated_bytes if one.leads else 0)
+        return own + self.kv_bytes * length(one.kv_heads) // self.n_kv_heads
+
+    def whole(self) -> Shard:
+        """Everything, on the leader."""
+        return Shard(((0, self.n_heads),), ((0, self.n_kv_heads),), ((0, self.ffn_size),), ((0, self.n_head_rows),),
+                     leads=True)
 
 
 def _kind(name: str) -> str:
@@ -122,7 +146,7 @@ def _kind(name: str) -> str:
     if name in ("token_embd.weight", "output_norm.weight"):
         return "replicated"  # of the table a token reads one row
     if name.startswith("output."):
-        return "leader"
+        return "head"
     key = name.split(".", 2)[-1]
     if key.startswith(("attn_q.", "attn_k.", "attn_v.", "attn_output.")):
         return "attention"
@@ -149,9 +173,10 @@ def divide(n_units: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def shard(cut: Cut, weights: Sequence[float], balance: Balance = "blocks") -> tuple[Shard, ...]:
+def shard(cut: Cut, weights: Sequence[float], balance: Balance = "blocks", *,
+          splits_head: bool = False) -> tuple[Shard, ...]:
     """A shard for each rank by weight; rank 0 leads. `blocks`: each has its part of every block. `bytes`: each reads
-    about its part of all bytes.
+    about its part of all bytes. With `splits_head`, each has rows of the output head; else the leader has all.
 
     Raises ClusterError when there are more ranks than the model has parts.
     """
@@ -160,8 +185,10 @@ def shard(cut: Cut, weights: Sequence[float], balance: Balance = "blocks") -> tu
         raise ClusterError(f"this model divides over at most {cut.max_ranks} devices, not {n_ranks}",
                            f"Use {cut.max_ranks} of them: --devices {cut.max_ranks}.")
     if n_ranks == 1:
-        return (Shard(((0, cut.n_heads),), ((0, cut.n_kv_heads),), ((0, cut.ffn_size),), leads=True),)
-    left = weights if balance == "blocks" else _layer_bytes(cut, weights)
+        return (cut.whole(),)
+    whole_head: list[tuple[Range, ...]] = [((0, cut.n_head_rows),), *((),) * (n_ranks - 1)]
+    head_rows = _head_rows(cut, weights) if splits_head else whole_head
+    left = weights if balance == "blocks" else _layer_bytes(cut, weights, head_rows)
     heads = _head_ranges(cut, left)
     rest = list(left)
     if balance == "bytes":
@@ -171,16 +198,21 @@ def shard(cut: Cut, weights: Sequence[float], balance: Balance = "blocks") -> tu
     counts = divide(cut.ffn_size // cut.ffn_unit, rest)
     ends = [cut.ffn_unit * end for end in accumulate(counts)]
     per_kv = cut.n_heads // cut.n_kv_heads
-    return tuple(
-        Shard((one,), ((one[0] // per_kv, -(-one[1] // per_kv)),), ((end - cut.ffn_unit * count, end),), rank == 0)
-        for rank, (one, end, count) in enumerate(zip(heads, ends, counts, strict=True)))
+    ffn = [((end - cut.ffn_unit * count, end),) for end, count in zip(ends, counts, strict=True)]
+    return tuple(Shard((one,), ((one[0] // per_kv, -(-one[1] // per_kv)),), columns, rows, leads=rank == 0)
+                 for rank, (one, columns, rows) in enumerate(zip(heads, ffn, head_rows, strict=True)))
 
 
-def _layer_bytes(cut: Cut, weights: Sequence[float]) -> list[float]:
-    """Bytes of layers that each rank is to read. The leader's output head counts as part of its share."""
+def _head_rows(cut: Cut, weights: Sequence[float]) -> list[tuple[Range, ...]]:
+    ends = [_ROWS_UNIT * end for end in accumulate(divide(cut.max_head_ranks, weights))]
+    return [((start, end),) for start, end in pairwise([0, *ends[:-1], cut.n_head_rows])]
+
+
+def _layer_bytes(cut: Cut, weights: Sequence[float], head_rows: Sequence[tuple[Range, ...]]) -> list[float]:
+    """Bytes of layers that each rank is to read. What it has of the output head counts as part of its share."""
     total = math.fsum(weights)
-    shares = [cut.total_bytes * weight / total for weight in weights]
-    left = [share - (cut.leader_bytes if rank == 0 else 0) for rank, share in enumerate(shares)]
+    left = [cut.total_bytes * weight / total - cut.head_bytes * length(rows) / cut.n_head_rows
+            for weight, rows in zip(weights, head_rows, strict=True)]
     return [max(one, cut.total_bytes * 1e-6) for one in left]
 
 
@@ -207,6 +239,9 @@ def covers(cut: Cut, shards: Sequence[Shard]) -> bool:
     per_kv = cut.n_heads // cut.n_kv_heads
     return (sorted(n for one in shards for n in numbers(one.heads)) == list(range(cut.n_heads))
             and sorted(n for one in shards for n in numbers(one.ffn)) == list(range(cut.ffn_size))
+            and (splits_head(shards) or not any(one.head_rows for one in shards[1:]))
+            and sum(length(one.head_rows) for one in shards) == cut.n_head_rows
+            and _union(r for one in shards for r in one.head_rows) == ((0, cut.n_head_rows),)
             and all(edge % cut.head_unit == 0 for one in shards for r in one.heads for edge in r)
             and all(edge % cut.ffn_unit == 0 for one in shards for r in one.ffn for edge in r)
             and all({head // per_kv for head in numbers(one.heads)} == set(numbers(one.kv_heads))
@@ -214,10 +249,15 @@ def covers(cut: Cut, shards: Sequence[Shard]) -> bool:
                     for one in shards))
 
 
+def splits_head(shards: Sequence[Shard]) -> bool:
+    """Whether every rank has rows of the output head, rather than the leader all."""
+    return len(shards) > 1 and all(one.head_rows for one in shards)
+
+
 def merge(shards: Sequence[Shard]) -> Shard | None:
     """One shard that computes what these do together; None where its heads would not share KV heads evenly."""
-    heads, kv_heads, ffn = (_union(r for one in shards for r in getattr(one, field))
-                            for field in ("heads", "kv_heads", "ffn"))
+    heads, kv_heads, ffn, head_rows = (_union(r for one in shards for r in getattr(one, field))
+                                       for field in ("heads", "kv_heads", "ffn", "head_rows"))
     n_heads, n_kv_heads = length(heads), length(kv_heads)
     if n_heads % n_kv_heads:
         return None
@@ -226,7 +266,7 @@ def merge(shards: Sequence[Shard]) -> Shard | None:
     q_numbers, kv_numbers = numbers(heads), numbers(kv_heads)
     per_kv = n_heads // n_kv_heads
     expected = [(head, kv_numbers[index // per_kv]) for index, head in enumerate(q_numbers)]
-    return Shard(heads, kv_heads, ffn, any(one.leads for one in shards)) if pairs == expected else None
+    return Shard(heads, kv_heads, ffn, head_rows, any(one.leads for one in shards)) if pairs == expected else None
 
 
 def _pairs(one: Shard) -> Iterable[Range]:

@@ -41,8 +41,8 @@ class SliceFile:
         self._header = _header(slice_metadata(model, hp, shard), self._tensors, starts)
         self._starts = [len(self._header) + start for start in starts]
         self.size_bytes = len(self._header) + offset
-        layout = repr([(one.info.name, one.rows, one.columns) for one in self._tensors]).encode()
-        self.key = hashlib.sha256(b"edgert-slice-1" + model.fingerprint().encode() + self._header + layout).digest()
+        layout = repr([(one.info.name, one.info.offset, one.rows, one.columns) for one in self._tensors]).encode()
+        self.key = hashlib.sha256(b"edgert-slice-2" + model.fingerprint().encode() + self._header + layout).digest()
 
     def chunks(self, start: int = 0) -> Iterator[bytes]:
         """The file's bytes from `start` on, some MiB at a time. Raises ModelFileError when the model has changed."""

@@ -1,15 +1,16 @@
 """Which bytes of a model file a shard consists of: rows of some matrices, column blocks of others, all of the rest.
 
-A slice is itself a model: fewer heads, a thinner FFN and, where it does not lead, a vocabulary of one token. So
-everything that opens, checks, repacks and streams a model does so with a slice. Reads no file.
+A slice is itself a model: fewer heads, a thinner FFN and, where it does not lead, a vocabulary of one token or of
+those whose rows of the output head it has: they are its embedding table, to which its head is tied. So everything
+that opens, checks, repacks and streams a model does so with a slice. Reads no file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edgert.architectures.base import Hyperparameters
+from edgert.architectures.base import HEAD_ROWS_KEY, Hyperparameters
 from edgert.gguf.model_file import ModelFile
 from edgert.gguf.reader import TensorInfo
 from edgert.gguf.values import ArrayRef, Value
@@ -43,17 +44,31 @@ def tensor_slices(model: ModelFile, hp: Hyperparameters, shard: Shard) -> Iterat
         one = _slice(model, hp, shard, info)
         if one is not None:
             yield one
+    yield from _head_slices(model, hp, shard)
+
+
+def _head_slices(model: ModelFile, hp: Hyperparameters, shard: Shard) -> Iterator[TensorSlice]:
+    """The embedding table and the output head, which may be the same."""
+    table, bias = model.tensors["token_embd.weight"], model.tensors.get("output.bias")
+    head = model.tensors.get("output.weight", table)
+    if shard.leads:
+        yield _rows(table, ((0, hp.vocab_size),))
+        if head is not table or length(shard.head_rows) < hp.vocab_size:
+            yield _rows(replace(head, name="output.weight"), shard.head_rows)
+    else:
+        yield _rows(replace(head, name=table.name), shard.head_rows or ((0, 1),))
+    if bias is not None and shard.head_rows:
+        yield _rows(bias, shard.head_rows)
 
 
 def _slice(model: ModelFile, hp: Hyperparameters, shard: Shard, info: TensorInfo) -> TensorSlice | None:
     name, _, suffix = info.name.split(".", 2)[-1].partition(".")
     stem = name.removesuffix("_exps")
     heads, kv_heads = (_scaled(r, hp.head_dim) for r in (shard.heads, shard.kv_heads))
-    if not shard.leads:
-        if info.name == "token_embd.weight":
-            return _rows(info, ((0, 1),))
-        if info.name.startswith("output.") or (stem in _COLUMNS and suffix == "bias"):
-            return None  # the leader's alone: the head, and what is added once
+    if info.name in ("token_embd.weight", "output.weight", "output.bias"):
+        return None
+    if not shard.leads and stem in _COLUMNS and suffix == "bias":
+        return None  # what is added once is the leader's alone
     if info.name.startswith("blk.") and stem in _ROWS and name != "ffn_gate_inp":
         of_heads = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads}
         ranges = of_heads.get(stem, shard.ffn)
@@ -121,5 +136,6 @@ def slice_metadata(model: ModelFile, hp: Hyperparameters, shard: Shard) -> Mappi
     width = "expert_feed_forward_length" if hp.n_experts else "feed_forward_length"
     sizes = {"attention.head_count": length(shard.heads), "attention.head_count_kv": length(shard.kv_heads),
              "attention.key_length": hp.head_dim, "attention.value_length": hp.head_dim, width: length(shard.ffn)}
-    return {"general.architecture": arch, WHOLE_HEADS_KEY: hp.n_heads,
+    rows = {HEAD_ROWS_KEY: length(shard.head_rows)} if shard.leads else {}
+    return {"general.architecture": arch, WHOLE_HEADS_KEY: hp.n_heads, **rows,
             **kept, **{f"{arch}.{key}": value for key, value in sizes.items()}}

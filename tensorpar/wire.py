@@ -1,7 +1,7 @@
 """How partial results travel: float32, float16, or blocks of 32 signed bytes with a float16 scale (34 bytes).
 
-Whoever sums adds what the others decode, its own part included: every rank then holds the same bits. float32 is
-neither packed nor unpacked: what is sent and what came is the memory itself.
+Whoever sums adds what the others decode; its own part too, unless it sums for all: every rank then holds the same bits.
+float32 is neither packed nor unpacked: what is sent and what came is the memory itself.
 """
 
 from __future__ import annotations

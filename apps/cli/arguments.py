@@ -174,15 +174,17 @@ def _devices(text: str) -> int | str:
 
 
 def cluster_options(args: argparse.Namespace) -> ClusterOptions | None:
-    """What `add_cluster_options` asked for; None without --cluster."""
+    """What `add_cluster_options` asked for; None without --cluster. Raises ClusterError on a device that leads none."""
     if not getattr(args, "cluster", False):
         return None
     from apps.cluster.extra import require_packages
 
     require_packages()
-    from tensorpar.members import parse_address
+    from edgert.paths import Paths
+    from tensorpar.members import Membership, parse_address
     from tensorpar.workers import ClusterOptions
 
+    Membership.leading(Paths.of_user())
     return ClusterOptions(args.devices, tuple(map(parse_address, args.peer)), args.wire)
 
 

@@ -8,7 +8,7 @@ import socket
 from edgert.errors import ClusterError
 from edgert.paths import Paths
 from tensorpar import discovery, pairing
-from tensorpar.members import DEFAULT_PORT, Membership, parse_address
+from tensorpar.members import DEFAULT_PORT, Membership, Role, parse_address
 from tensorpar.words import new_code, parse_code
 
 _DIAL_S, _SEARCH_S = 5.0, 3.0
@@ -23,7 +23,7 @@ def init(name: str | None) -> int:
 
 def invite(port: int, *, as_json: bool) -> int:
     """Show a code and wait until a device has come with it."""
-    membership = required("leader")
+    membership = Membership.leading(Paths.of_user())
     identity, code = membership.identity, new_code()
     with listening(port) as server:
         if as_json:
@@ -68,11 +68,11 @@ def forget(name: str) -> int:
     return 0
 
 
-def required(role: str | None = None) -> Membership:
+def required(role: Role | None = None) -> Membership:
     """This device's membership. Raises ClusterError where it has none, or another role."""
     membership = Membership.load(Paths.of_user())
     if membership is None or (role is not None and membership.role != role):
-        raise ClusterError("this device leads no cluster" if role == "leader" else "this device is in no cluster",
+        raise ClusterError("this device is in no cluster",
                            "Begin with `edgert cluster init`, or `edgert cluster join CODE`.")
     return membership
 

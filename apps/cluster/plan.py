@@ -7,17 +7,17 @@ import json
 import logging
 from pathlib import Path
 
-from apps.cluster.pair import required
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
 from edgert.device import cluster_profile, matrix_types
+from edgert.engine.kv_cache import kv_bytes_per_token
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.models.catalog import Catalog
 from edgert.paths import Paths
-from edgert.planning import EngineOptions
+from edgert.planning import EngineOptions, context_length_of
 from edgert.units import format_bytes
-from tensorpar.members import parse_address
+from tensorpar.members import Membership, parse_address
 from tensorpar.planner import Device, Prediction, predictions, reason
 from tensorpar.shares import Cut
 from tensorpar.workers import ClusterOptions, Workers
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def plan(args: argparse.Namespace) -> int:
-    membership = required("leader")
+    membership = Membership.leading(Paths.of_user())
     file = ModelFile.open(Catalog(Paths.of_user(), args.models_dir).find(str(Path(args.model))))
     load_libraries()
     arch = open_architecture(file)
@@ -42,7 +42,8 @@ def plan(args: argparse.Namespace) -> int:
                      for one in workers.connected)]
     finally:
         workers.close()
-    found = predictions(Cut.of(file, arch), arch.hp, devices)
+    kv_bytes = context_length_of(arch, options) * kv_bytes_per_token(arch.hp, options.kv_type)
+    found = predictions(Cut.of(file, arch, kv_bytes), arch.hp, devices)
     if args.json:
         print(json.dumps({"model": str(file.path), "predictions": [_object(one) for one in found],
                           "reason": reason(found[0], found)}))
@@ -59,4 +60,4 @@ def _object(one: Prediction) -> dict[str, object]:
     return {"devices": list(one.devices), "tokens_per_s": round(one.tokens_per_s, 3),
             "compute_ms": round(one.compute_s * 1000, 3), "network_ms": round(one.network_s * 1000, 3),
             "missing_bytes": one.missing_bytes,
-            "parts": [{"heads": part.heads, "ffn": part.ffn} for part in one.shards]}
+            "parts": [{"heads": part.heads, "ffn": part.ffn, "head_rows": part.head_rows} for part in one.shards]}

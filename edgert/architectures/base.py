@@ -20,6 +20,8 @@ BlockKind = Literal["embedding", "attention", "ffn", "output"]
 # Bounds on what a file may claim, far above every published model: they keep sizes within 64 bits and loops finite.
 MAX_LAYERS, MAX_HEADS, MAX_WIDTH, MAX_EXPERTS = 1024, 1024, 1 << 20, 1024
 MAX_CONTEXT = 1 << 26
+# What the slice of a cluster's leader says (tensorpar/slices.py) where other devices have rows of the head too.
+HEAD_ROWS_KEY = "edgert.shard.head_rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Hyperparameters:
     context_length: int
     rms_eps: float
     rope: Rope
+    head_rows: int
+    """Logits that the output head gives per token: `vocab_size`, but in a slice that has some rows of the head."""
     n_experts: int = 0
     n_experts_used: int = 0
     expert_ffn_size: int = 0
@@ -152,7 +156,7 @@ class Architecture(Protocol):
         ...
 
     def output(self, g: Graph, w: Weights, x: Tensor) -> Tensor:
-        """Logits (vocab_size, n_outputs), or those of the head's rows that `w` holds."""
+        """Logits (head_rows, n_outputs), or those of the head's rows that `w` holds."""
         ...
 
 
@@ -192,6 +196,7 @@ def read_hyperparameters(model: ModelFile, rope_mode: int = ROPE_NORMAL, *,
     return Hyperparameters(
         architecture=model.architecture, n_layers=size("{arch}.block_count", MAX_LAYERS), hidden_size=hidden_size,
         n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, ffn_size=ffn_size, vocab_size=_vocab_size(model),
+        head_rows=model.get_int(HEAD_ROWS_KEY, _vocab_size(model), minimum=1, maximum=_vocab_size(model)),
         context_length=context_length, rms_eps=_epsilon(model), rope=rope, n_experts=n_experts,
         n_experts_used=size("{arch}.expert_used_count", n_experts) if n_experts else 0,
         expert_ffn_size=size(expert_width, MAX_WIDTH, ffn_size) if n_experts else 0)

@@ -15,8 +15,8 @@ def output_specs(hp: Hyperparameters, *, tied: bool) -> tuple[TensorSpec, ...]:
     """The final norm and the head; a file without `output.weight` uses the embedding table as its head."""
     head = "token_embd.weight" if tied else "output.weight"
     return (TensorSpec("output_norm.weight", (hp.hidden_size,), "vector"),
-            TensorSpec(head, (hp.hidden_size, hp.vocab_size)),
-            TensorSpec("output.bias", (hp.vocab_size,), "vector", optional=True))
+            TensorSpec(head, (hp.hidden_size, hp.head_rows)),
+            TensorSpec("output.bias", (hp.head_rows,), "vector", optional=True))
 
 
 def attention_specs(hp: Hyperparameters, layer: int) -> tuple[TensorSpec, ...]:
@@ -84,7 +84,7 @@ def gated(g: Graph, w: Weights, x: Tensor, activation: Activation) -> Tensor:
 
 
 def output_head(g: Graph, w: Weights, x: Tensor, eps: float) -> Tensor:
-    """Logits (vocab_size, n_outputs): final norm, then the head or the tied embedding table."""
+    """Logits (head_rows, n_outputs): final norm, then the head or the tied embedding table."""
     x = g.rms_norm(x, w["output_norm.weight"], eps)
     head = w.get("output.weight")
     logits = g.mul_mat(head if head is not None else w["token_embd.weight"], x)

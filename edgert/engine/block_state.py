@@ -222,7 +222,7 @@ class BlockState:
     def read_logits(self) -> NDArray[np.float32] | None:
         if self.batch.n_outputs == 0:
             return None
-        return Backend.array(self._scratch.logits).reshape(self.batch.n_outputs, self._arch.hp.vocab_size)
+        return Backend.array(self._scratch.logits).reshape(self.batch.n_outputs, self._arch.hp.head_rows)
 
     @property
     def _scratch(self) -> Scratch:

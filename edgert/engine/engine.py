@@ -73,6 +73,7 @@ class Engine:
         self._laps.rest(account)
         logits = self._run(batches)
         assert logits is not None  # split() asks for at least one row of the last batch
+        logits = self.collective.gather(logits)
         self._laps.step(account)
         self._trace.count("step, ms", compute=account.compute_ms, wait=account.wait_ms, rest=account.rest_ms)
         self._trace.count("step, bytes read", read=account.read_bytes)
@@ -164,7 +165,7 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, kv: KV
             features: FeatureSink | None = None) -> None:
     """Every block in order. Each state holds one batch: all of them pass a block while its weights are here.
 
-    Rank 0 alone holds the embedding and the output head; the last sum is only for it.
+    Rank 0 alone holds the embedding, and mostly the output head: the last sum is then only for it.
     """
     phase = states[0].batch.phase if len(states) == 1 else "prefill"
     reduce, n_layers, experts = collective.all_reduce, arch.hp.n_layers, weights.experts
@@ -192,7 +193,7 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, kv: KV
             for state in states:
                 state.keep_outputs()
             states = [state for state in states if state.batch.n_outputs]
-            reduce = collective.reduce
+            reduce = collective.all_reduce if collective.splits_head else collective.reduce
         for part in range(weights.n_ffn_parts):
             with weights.lease(Block("ffn", layer, part), phase) as w:
                 if experts is not None:
@@ -205,7 +206,7 @@ def forward(states: Sequence[State], arch: Architecture, weights: Leases, kv: KV
         for state in states if layer in featured else ():
             state.keep_feature()
 
-    for part in range(weights.n_output_parts if collective.rank == 0 else 0):
+    for part in range(weights.n_output_parts if collective.rank == 0 or collective.splits_head else 0):
         with weights.lease(Block("output", part=part), phase) as w:
             for state in states:
                 state.output(w, part)

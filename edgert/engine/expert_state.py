@@ -77,14 +77,14 @@ class ExpertState(FusedState):
         self._shares = context.tensor(TYPE_F32, (1, n_used, 1))
         self._outputs = context.tensor(TYPE_F32, (hp.hidden_size, n_used))
         self._slots, self._rows = context.tensor(TYPE_I32, (n_used,)), context.tensor(TYPE_I64, (n_used,))
-        self._all_logits = context.tensor(TYPE_F32, (hp.vocab_size, 1))
+        self._all_logits = context.tensor(TYPE_F32, (hp.head_rows, 1))
         self._logits_rows = Rows(self._all_logits)
         self._memory = Memory(backend, context, [
             *self.inputs.tensors(), self._hidden, self._normed, self._carried_room, self._choice, self._guessed,
             self._shares, self._outputs, self._slots, self._rows, self._all_logits])
         self._ids, self._guessed_ids, self._slot_ids, self._row_numbers = (
             Backend.array(t) for t in (self._choice, self._guessed, self._slots, self._rows))
-        self.all_logits = Backend.array(self._all_logits).reshape(1, hp.vocab_size)
+        self.all_logits = Backend.array(self._all_logits).reshape(1, hp.head_rows)
         self.waits, self._foreseen = True, -1
         self._routing: moe.Routing
         self._computed: Tensor

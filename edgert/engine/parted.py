@@ -139,7 +139,7 @@ class PartedGraphs:
         if state.logits is None:
             return None
         if state.logits_array is None:
-            state.logits_array = Backend.array(state.logits).reshape(batch.n_outputs, self._arch.hp.vocab_size)
+            state.logits_array = Backend.array(state.logits).reshape(batch.n_outputs, self._arch.hp.head_rows)
         return state.logits_array
 
     def reserve(self, batch: Batch, forward: Callable[[list[State]], None],

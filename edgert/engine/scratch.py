@@ -99,7 +99,7 @@ class Scratch:
         self.inputs = Inputs.of(context, graphs.kv, batch)
         self.partial = context.tensor(TYPE_F32, (hp.hidden_size, batch.n_tokens))
         self.partial_outputs = context.tensor(TYPE_F32, (hp.hidden_size, n_rows))
-        self.logits = context.tensor(TYPE_F32, (hp.vocab_size, n_rows))
+        self.logits = context.tensor(TYPE_F32, (hp.head_rows, n_rows))
         self.logits_rows = Rows(self.logits)
         tensors = [*self.inputs.tensors(), self.partial, self.partial_outputs, self.logits]
         size_bytes = sum(_aligned(t.n_bytes) for t in tensors)

@@ -53,9 +53,9 @@ class Segment:
 class SegmentState(FusedState):
     """Adds blocks to a graph, and begins a new one at each exchange. A Collective while it is built."""
 
-    def __init__(self, backend: Backend, arch: Architecture, kv: KVCache, batch: Batch, rank: int,
-                 world_size: int) -> None:
-        self.batch, self.rank, self.world_size = batch, rank, world_size
+    def __init__(self, backend: Backend, arch: Architecture, kv: KVCache, batch: Batch, collective: Collective) -> None:
+        self.batch, self.rank, self.world_size = batch, collective.rank, collective.world_size
+        self.splits_head = collective.splits_head
         self._arch, self._carried = arch, None
         self.segments: list[Segment] = []
         self.logits, self.logits_array = None, None
@@ -108,6 +108,9 @@ class SegmentState(FusedState):
         self._end(exchange, room)
         return room
 
+    def gather(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        return logits  # after the last graph, by the ranks' own
+
     def finish(self) -> None:
         """After the last block."""
         self._end()
@@ -118,9 +121,9 @@ class SegmentState(FusedState):
         return [segment.graph for segment in self.segments]
 
     def read_logits(self) -> NDArray[np.float32]:
-        """Of rank 0. Another rank has none, and gives zeros of its vocabulary of one token."""
+        """Of the rows of the head that this rank computes. Where it computes none: zeros of the one that it has."""
         if self.logits_array is None:
-            shape = self.batch.n_outputs, self._arch.hp.vocab_size
+            shape = self.batch.n_outputs, self._arch.hp.head_rows
             self.logits_array = (np.zeros(shape, np.float32) if self.logits is None
                                  else Backend.array(self.logits).reshape(shape))
         return self.logits_array
@@ -143,9 +146,9 @@ class SegmentGraphs:
         return self._states.compute_bytes
 
     def run(self, batch: Batch, build: Callable[[SegmentState], None], collective: Collective) -> NDArray[np.float32]:
-        """Compute one batch together with the other ranks. Logits (n_outputs, vocab_size), valid until the next run."""
+        """Compute one batch together with the other ranks. Logits (n_outputs, head_rows), valid until the next run."""
         def make() -> SegmentState:
-            state = SegmentState(self._backend, self._arch, self._kv, batch, collective.rank, collective.world_size)
+            state = SegmentState(self._backend, self._arch, self._kv, batch, collective)
             build(state)
             state.finish()
             return state

@@ -30,8 +30,8 @@ TOLERANCE = {kind: 0.05 if kind == "dense q8_0" else 0.005 for kind in KV_CACHES
 def hyperparameters(*, window: int = 0, n_layers: int = 2, head_dim: int = HEAD_DIM) -> Hyperparameters:
     return Hyperparameters(
         architecture="llama", n_layers=n_layers, hidden_size=N_HEADS * head_dim, n_heads=N_HEADS,
-        n_kv_heads=N_KV_HEADS, head_dim=head_dim, ffn_size=64, vocab_size=64, context_length=4096, rms_eps=1e-5,
-        rope=Rope(head_dim), window=window, window_layers=frozenset({1}) if window else frozenset())
+        n_kv_heads=N_KV_HEADS, head_dim=head_dim, ffn_size=64, vocab_size=64, head_rows=64, context_length=4096,
+        rms_eps=1e-5, rope=Rope(head_dim), window=window, window_layers=frozenset({1}) if window else frozenset())
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def test_a_prompt_that_passes_layer_by_layer_gives_the_logits_of_dense_attention
 
 def hyperparameters(window: int) -> Hyperparameters:
     return Hyperparameters("llama", n_layers=2, hidden_size=256, n_heads=4, n_kv_heads=2, head_dim=64, ffn_size=64,
-                           vocab_size=64, context_length=4096, rms_eps=1e-5, rope=Rope(64), window=window,
+                           vocab_size=64, head_rows=64, context_length=4096, rms_eps=1e-5, rope=Rope(64), window=window,
                            window_layers=frozenset({1}) if window else frozenset())
 
 

@@ -23,7 +23,7 @@ from edgert.ggml.graph import Tensor
 from edgert.gguf.model_file import ModelFile
 from tensorpar.collectives import Group, Network, PassStart
 from tensorpar.link import Link
-from tensorpar.shares import Cut, Shard, shard
+from tensorpar.shares import Cut, Shard, shard, splits_head
 from tensorpar.slice_file import SliceFile
 from tensorpar.wire import WireName
 
@@ -40,7 +40,7 @@ class Recorder:
 
     def __init__(self, inner: Collective, taught: Sequence[Floats] = ()) -> None:
         self._inner, self._taught = inner, iter(taught)
-        self.rank, self.world_size = inner.rank, inner.world_size
+        self.rank, self.world_size, self.splits_head = inner.rank, inner.world_size, inner.splits_head
         self.sums: list[Floats] = []
         self.hidden: list[Floats] = []
 
@@ -54,6 +54,9 @@ class Recorder:
 
     def reduce(self, partial: Tensor) -> Tensor:
         return self._record(self._inner.reduce(partial))
+
+    def gather(self, logits: Floats) -> Floats:
+        return self._inner.gather(logits)
 
     def _record(self, summed: Tensor) -> Tensor:
         values = Backend.array(summed)
@@ -82,15 +85,16 @@ def random_tokens(n_tokens: int, seed: int = 0) -> list[int]:
     return [int(one) for one in np.random.default_rng(seed).integers(0, 300, n_tokens)]
 
 
-def shards_of(path: Path, weights: Sequence[float]) -> tuple[Shard, ...]:
+def shards_of(path: Path, weights: Sequence[float], *, splits_head: bool = False) -> tuple[Shard, ...]:
     model = ModelFile.open(path)
-    return shard(Cut.of(model, open_architecture(model)), weights)
+    return shard(Cut.of(model, open_architecture(model)), weights, splits_head=splits_head)
 
 
 @contextmanager
 def open_ranks(path: Path, directory: Path, shards: Sequence[Shard], *, wire: WireName = "f32",
                taught: Sequence[Floats] = ()) -> Iterator[list[Engine]]:
     """An engine for each shard of the model at `path`, with a Recorder each."""
+    directory.mkdir(exist_ok=True)
     model = ModelFile.open(path)
     hp, n_ranks = open_architecture(model).hp, len(shards)
     links: list[dict[int, Link]] = [{} for _ in shards]
@@ -103,7 +107,9 @@ def open_ranks(path: Path, directory: Path, shards: Sequence[Shard], *, wire: Wi
             part = directory / f"{path.stem}-{n_ranks}-{rank}.gguf"
             SliceFile(model, hp, one).write(part)
             engine = opened.enter_context(open_engine(part, fused=False))
-            engine.collective = Recorder(Group(rank, n_ranks, links[rank], network=NETWORK, wire=wire), taught)
+            engine.collective = Recorder(Group(
+                rank, n_ranks, links[rank], network=NETWORK, wire=wire, splits_head=splits_head(shards),
+                head_rows=[each.head_rows for each in shards]), taught)
             engines.append(engine)
         try:
             yield engines

@@ -3,16 +3,20 @@ pause."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from command_line import start
 
 from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, cluster
 from edgert.generation import Generation
@@ -106,6 +110,26 @@ def test_a_lost_worker_costs_a_pause_and_no_token(model: Path, tmp_path: Path, a
             second = answer(runtime)
             second.result()
             assert second.token_ids == expected
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_workers_rows_of_the_head_are_the_leaders(model: Path, tmp_path: Path, at_home: AtHome, lost: int,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorpar.planner._gather_s", lambda *_: 0.0)  # it always pays
+    expected = alone(model)
+    with cluster(tmp_path, 2, measured=False) as made:
+        at_home(made.leader_home)
+        with loaded(model) as runtime:
+            rows = [one["head_rows"] for one in runtime.plan()["cluster"]["devices"]]
+            assert rows == [((0, 128),), ((128, 256),), ((256, 320),)]
+            got = []
+            for piece in answer(runtime):
+                got.append(piece.token_id)
+                if len(got) == 8:
+                    lose(made.workers[lost], "killed")
+            assert got == expected
+            kept = runtime.plan()["cluster"]["devices"]
+            assert len(kept) == 2 and kept[0]["head_rows"] == [((0, 256),), ((0, 128), (256, 320))][lost]
 
 
 def test_a_worker_lost_in_prefill(model: Path, tmp_path: Path, at_home: AtHome) -> None:
@@ -233,3 +257,29 @@ def test_a_worker_streams_within_its_own_budget(tiny_model: TinyModel, tmp_path:
             assert generation.token_ids == expected
         streamed = re.search(r"streamed_per_pass ([0-9.]+) MiB", made.workers[0].log())
         assert streamed is not None and float(streamed[1]) > 1
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "smallthinker"])
+def test_every_rank_streams_its_part_of_each_expert_within_its_own_budget(tiny_model: TinyModel, tmp_path: Path,
+                                                                          architecture: str) -> None:
+    model = tiny_model(architecture, quantisation="F32", hidden_size=512, n_layers=2, ffn_size=768, n_heads=8,
+                       n_kv_heads=4, n_experts=16)  # 144 MiB
+    with cluster(tmp_path, 1, ("--memory", "120M"), measured=False) as made:
+        words = ("run", str(model), "hello", "--raw", "--temp", "0", "--max-tokens", "8", "--json", "--threads", "1",
+                 "--context", "512", "--layout", "plain")
+
+        def answered(*more: str) -> dict[str, Any]:
+            process = start([*words, *more], env={**os.environ, "EDGERT_HOME": str(made.leader_home)})
+            out, said = process.communicate(timeout=DEADLINE_S)
+            assert process.returncode == 0, said
+            told: dict[str, Any] = json.loads(out)
+            return told
+
+        expected = answered()
+        together = answered("--memory", "130M", "--cluster", "--devices", "all")
+        assert together["token_ids"] == expected["token_ids"]
+        parts = [one["ffn"] for one in together["plan"]["cluster"]["devices"]]
+        assert sum(end - first for one in parts for first, end in one) == 768 and len(parts) == 2
+        assert together["plan"]["expert_misses"] > 0 and together["memory"]["streamed_bytes"] > 2**20
+        experts = re.search(r"experts ([0-9.]+) MiB", made.workers[0].log())  # what the worker has room for
+        assert experts is not None and 0 < float(experts[1]) < 70

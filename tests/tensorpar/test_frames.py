@@ -7,6 +7,7 @@ import socket
 import struct
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -124,3 +125,14 @@ def test_damaged_frames_end_a_session_in_order(fuzz: ModuleType) -> None:
     assert fuzz.serve(b"".join(fuzz.sound_stream()))[0] == "it closed the connection"
     ends = {fuzz.run_case(7, number)[0] for number in range(N_FUZZ_CASES)}
     assert len(ends) > 10  # many different refusals, and no other exception
+
+
+def test_a_pass_of_more_tokens_than_any_context_takes_no_memory(fuzz: ModuleType) -> None:
+    probe, setup, *_ = fuzz.sound_stream()
+    claim = b"".join(value.to_bytes(4, "little") for value in (0, 2**31, 1, 1))
+    tracemalloc.start()
+    try:
+        ended, peak_bytes = fuzz.serve(b"".join([probe, setup, fuzz.frame(Kind.PASS, Moment(1, 1), claim + bytes(64))]))
+    finally:
+        tracemalloc.stop()
+    assert ended.startswith("a pass of 2147483648 tokens") and peak_bytes < 2**20

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import edgert
 from apps.cli.arguments import cluster_options
 from apps.cli.main import main
+from apps.cluster.doctor import _examine_device
 from benchmarks.cluster_processes import DEADLINE_S, TestCluster, WorkerProcess, cluster, pair
 from edgert.errors import ClusterError
 from edgert.runtime import Runtime
@@ -104,6 +106,17 @@ def test_status_names_devices_and_what_they_do(made: TestCluster, at_home: Calla
     assert "leader leads; 1 other devices" in shown and "worker1" in shown and "waits" in shown
 
 
+def test_the_doctor_sees_another_version(made: TestCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    membership = Membership.load(made.leader_paths)
+    assert membership is not None
+    member = membership.members[0]
+    for version, failed in ((edgert.__version__, []), ("99.1", ["worker1: version"])):
+        monkeypatch.setattr("edgert.__version__", version)
+        found = list(_examine_device(membership, member, [(member.host, member.port)]))
+        assert [one.what for one in found if not one.is_well] == failed
+        assert len(found) == 4 and all("99.1" in one.remedy for one in found if not one.is_well)
+
+
 def test_plan_predicts_every_set_of_devices(made: TestCluster, at_home: Callable[[Path], None],
                                             tiny_model: Callable[..., Path],
                                             capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +133,7 @@ def test_plan_predicts_every_set_of_devices(made: TestCluster, at_home: Callable
 @pytest.mark.parametrize(("words", "said"), [
     (("cluster", "invite"), "leads no cluster"), (("cluster", "up"), "in no cluster"),
     (("cluster", "status"), "in no cluster"), (("cluster", "forget", "pi"), "in no cluster"),
+    (("serve", "--port", "0", "--cluster"), "leads no cluster"), (("chat", "--cluster"), "leads no cluster"),
     (("cluster", "join", "7-otter-lamp", "--peer", "127.0.0.1:1"), "does not answer"),
 ])
 def test_what_cannot_be_done_is_said_with_the_next_step(tmp_path: Path, at_home: Callable[[Path], None],

@@ -57,8 +57,25 @@ def test_graphs_from_sum_to_sum_compute_what_blocks_do(tiny_model: TinyModel, tm
             step(engines, random_tokens(PROMPT))
             runs.append([step(engines, random_tokens(n, seed=n), n_outputs)
                          for n, n_outputs in ((1, 1), (1, 1), (4, 2), (1, 1), (4, 4))])
-            assert [len(engine._segments._states) for engine in engines] == [2 * in_segments] * 2
+            assert [len(engine._segments._states._states) for engine in engines] == [2 * in_segments] * 2
     for mine, theirs in zip(*runs, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@EVERY_ARCHITECTURE
+def test_a_head_by_rows_gives_the_same_logits(tiny_model: TinyModel, tmp_path: Path, architecture: str) -> None:
+    path, runs = make(tiny_model, architecture, tied=architecture in ("llama", "gemma3")), []
+    for splits in (False, True):
+        shards = shards_of(path, [0.5, 0.3, 0.2], splits_head=splits)
+        with open_ranks(path, tmp_path / str(splits), shards) as engines:
+            steps = ((PROMPT, 3), (1, 1), (4, 2))
+            runs.append([step(engines, random_tokens(n, seed=n), n_outputs).copy() for n, n_outputs in steps])
+            leader = engines[0].collective._inner
+            assert (leader.n_all_reduces, leader.n_reduces) == ((3 * 4, 0) if splits else (3 * 3, 3))
+            assert engines[0].arch.hp.head_rows == (192 if splits else 320) and engines[0].arch.hp.vocab_size == 320
+            assert [engine.arch.hp.vocab_size for engine in engines[1:]] == ([64, 64] if splits else [1, 1])
+    for mine, theirs in zip(*runs, strict=True):
+        assert mine.shape[1] == 320
         np.testing.assert_array_equal(mine, theirs)
 
 

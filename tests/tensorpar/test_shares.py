@@ -9,12 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from edgert.errors import ClusterError
-from tensorpar.shares import Cut, Range, Shard, covers, divide, length, merge, shard
+from tensorpar.shares import Cut, Range, Shard, covers, divide, length, merge, shard, splits_head
 
-LLAMA_8B = Cut(n_heads=32, n_kv_heads=8, head_unit=2, ffn_size=14336, ffn_unit=256, attention={12: 750_000_000},
-               ffn={12: 3_200_000_000}, leader={14: 430_000_000}, replicated_bytes=300_000_000,
-               stored_ffn_bytes=3_200_000_000)
-QWEN_1_5B = Cut(12, 2, 2, 8960, 256, {12: 90_000_000}, {12: 660_000_000}, {14: 191_000_000}, 130_000_000, 660_000_000)
+LLAMA_8B = Cut(n_heads=32, n_kv_heads=8, head_unit=2, ffn_size=14336, ffn_unit=256, n_head_rows=128_256,
+               attention={12: 750_000_000}, ffn={12: 3_200_000_000}, head={14: 430_000_000},
+               replicated_bytes=300_000_000, stored_ffn_bytes=3_200_000_000)
+QWEN_1_5B = Cut(12, 2, 2, 8960, 256, 151_936, {12: 90_000_000}, {12: 660_000_000}, {14: 191_000_000}, 130_000_000,
+                660_000_000)
 
 
 @pytest.mark.parametrize(("n_units", "weights", "expected"), [
@@ -63,26 +64,29 @@ def cuts(draw: st.DrawFn) -> Cut:
         head_unit = 1
     ffn_unit = draw(st.sampled_from([1, 32, 256]))
     sizes = st.integers(1, 10**9)
-    return Cut(n_heads, n_kv_heads, head_unit, ffn_unit * draw(st.integers(1, 64)), ffn_unit, {12: draw(sizes)},
-               {12: draw(sizes)}, {14: draw(sizes)}, draw(sizes), draw(sizes))
+    return Cut(n_heads, n_kv_heads, head_unit, ffn_unit * draw(st.integers(1, 64)), ffn_unit,
+               draw(st.integers(64, 300_000)), {12: draw(sizes)}, {12: draw(sizes)}, {14: draw(sizes)}, draw(sizes),
+               draw(sizes))
 
 
 @given(cuts(), st.data())
 def test_every_head_and_column_is_computed_once(cut: Cut, data: st.DataObject) -> None:
     n_ranks = data.draw(st.integers(1, cut.max_ranks))
     weights = data.draw(st.lists(st.floats(0.01, 100), min_size=n_ranks, max_size=n_ranks))
-    shards = shard(cut, weights, data.draw(st.sampled_from(["blocks", "bytes"])))
+    splits = n_ranks <= cut.max_head_ranks and data.draw(st.booleans())
+    shards = shard(cut, weights, data.draw(st.sampled_from(["blocks", "bytes"])), splits_head=splits)
     assert covers(cut, shards)
     assert all(length(one.heads) and length(one.ffn) for one in shards)
+    assert splits_head(shards) == (splits and n_ranks > 1)
     assert sum(cut.read_bytes(one) for one in shards) <= cut.total_bytes
-    assert sum(cut.read_bytes(one) for one in shards) > cut.total_bytes - 2 * n_ranks
+    assert sum(cut.read_bytes(one) for one in shards) > cut.total_bytes - 3 * n_ranks
 
 
 @given(cuts(), st.data())
 def test_a_merged_shard_computes_what_both_did(cut: Cut, data: st.DataObject) -> None:
     assume(cut.max_ranks > 1)
     n_ranks = data.draw(st.integers(2, cut.max_ranks))
-    shards = shard(cut, [1.0] * n_ranks)
+    shards = shard(cut, [1.0] * n_ranks, splits_head=n_ranks <= cut.max_head_ranks and data.draw(st.booleans()))
     lost = data.draw(st.integers(1, n_ranks - 1))
     merged = merge([shards[0], shards[lost]])
     if merged is not None:
@@ -93,9 +97,10 @@ def test_a_merged_shard_computes_what_both_did(cut: Cut, data: st.DataObject) ->
 
 
 def test_a_merge_that_would_give_a_kv_head_more_heads_than_another_is_refused() -> None:
-    first, second = Shard(((0, 2),), ((0, 1),), ((0, 1),), True), Shard(((4, 5),), ((1, 2),), ((1, 2),))
+    first, second = Shard(((0, 2),), ((0, 1),), ((0, 1),), leads=True), Shard(((4, 5),), ((1, 2),), ((1, 2),))
     assert merge([first, second]) is None
-    assert merge([first, replace(second, heads=((4, 6),))]) == Shard(((0, 2), (4, 6)), ((0, 2),), ((0, 2),), True)
+    assert merge([first, replace(second, heads=((4, 6),))]) == Shard(((0, 2), (4, 6)), ((0, 2),), ((0, 2),),
+                                                                             leads=True)
 
 
 def test_too_many_devices_are_refused_with_the_number_that_works() -> None:
@@ -109,3 +114,8 @@ def test_plans_that_miss_a_part_do_not_cover() -> None:
     assert covers(LLAMA_8B, (first, second))
     assert not covers(LLAMA_8B, (first,)) and not covers(LLAMA_8B, (first, first, second))
     assert not covers(LLAMA_8B, (replace(first, kv_heads=((0, 2),)), second))
+    for rows in ((), ((0, 64),), ((0, 200_000),)):
+        assert not covers(LLAMA_8B, (replace(first, head_rows=rows), second))
+    head = shard(LLAMA_8B, [1, 1], splits_head=True)
+    assert covers(LLAMA_8B, head) and [one.head_rows for one in head] == [((0, 64_128),), ((64_128, 128_256),)]
+    assert not covers(LLAMA_8B, (head[0], second)) and not covers(LLAMA_8B, (first, head[1]))

@@ -15,6 +15,7 @@ from edgert.architectures.registry import open_architecture
 from edgert.errors import ClusterError, ModelFileError, NoSpace
 from edgert.gguf.model_file import ModelFile
 from edgert.paths import Paths
+from edgert.runtime import Runtime
 from tensorpar.slice_cache import SliceCache
 from tensorpar.slice_file import SliceFile
 
@@ -51,6 +52,12 @@ def test_slices_are_sound_models_and_together_the_whole(tiny_model: TinyModel, t
     np.testing.assert_array_equal(output[0], np.concatenate(output[1:], axis=1))
     assert (norm[0] == norm[1]).all() and (norm[0] == norm[2]).all()
     assert rows_of(parts[1], "token_embd.weight").shape[0] == 1 and "output.weight" not in parts[1].tensors
+
+
+def test_a_part_of_a_model_answers_nobody(tiny_model: TinyModel, tmp_path: Path) -> None:
+    slice_of(tiny_model("llama", n_heads=8, n_kv_heads=4), 0).write(tmp_path / "0.gguf")
+    with pytest.raises(ModelFileError, match="one device's part"):
+        Runtime.load(tmp_path / "0.gguf")
 
 
 def test_a_bias_that_is_added_to_the_sum_is_the_leaders_alone(tiny_model: TinyModel, tmp_path: Path) -> None:
