@@ -151,7 +151,7 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: 
     pool = (PoolShape.of(experts), plan.sizes.pool_slots) if experts else None
     pool_bytes = pool[1] * pool[0].slot_bytes if pool else 0
     _log_plan(residency, plan, pool_bytes)
-    spare_bytes = 0 if residency.streamed else spare_window_bytes(static)
+    spare_bytes = 0 if residency.streamed else max(0, spare_window_bytes(static) - residency.window_bytes)
     arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, plan.batch_size)
                   + pool_bytes, spare_bytes)
     return WindowWeights(backend, model, arch, residency, arena, batch_size=plan.batch_size, trace=trace, pool=pool,

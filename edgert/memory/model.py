@@ -22,7 +22,7 @@ CELLS_PER_BUCKET = 256
 # Python's part of a block (lease, binding, call), of which a layer has two. Measured on two cores of 2025.
 _OPS_PER_LAYER, _OP_S = 24, 4e-6
 _BLOCKS_PER_LAYER, _BLOCK_S = 2, 6e-5
-_IN_FLIGHT_BYTES = 40 * 2**20
+_IN_FLIGHT_BYTES = 20 * 2**20
 _ROWS_AT_ONCE = 8  # of the embedding, one of which takes as long as the smallest read (offload/window.py)
 # Prefill in parts over prefill in whole batches of 512 (measured, edgert/engine/blockwise.py).
 _PART_COST = {256: 1.02, 128: 1.09}
@@ -145,7 +145,7 @@ def missed_expert_bytes(shape: ModelShape, sizes: Sizes, n_tokens: int,
 def overlap(shape: ModelShape, sizes: Sizes) -> float:
     """The share of the shorter of reading and computing that hides behind the longer.
 
-    (window - least window) / max(largest block, 40 MiB), between 0 and 1: the least window reads a block, then
+    (window - least window) / max(largest block, 20 MiB), between 0 and 1: the least window reads a block, then
     computes; with another block's worth on its way, the disk is busy meanwhile.
     """
     ahead = sizes.window_bytes - least_window(shape)
@@ -158,8 +158,8 @@ def least_window(shape: ModelShape) -> int:
 
 
 def comfortable_bytes(shape: ModelShape) -> int:
-    """What should be on its way beyond the least window. Half of 40 MiB costs 6-16 % of a token's speed (Qwen2.5-1.5B
-    at a half and a quarter of its size, a disk of 3.8 GB/s)."""
+    """What should be on its way beyond the least window. More is taken from what could stay: twice as much costs 5 % of
+    Qwen2.5-0.5B's speed and 1 % of the 1.5B's, at a half of their sizes (benchmarks/plan_choices.py)."""
     return max(shape.largest_block_bytes, _IN_FLIGHT_BYTES)
 
 
