@@ -151,17 +151,21 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: 
     pool = (PoolShape.of(experts), plan.sizes.pool_slots) if experts else None
     pool_bytes = pool[1] * pool[0].slot_bytes if pool else 0
     _log_plan(residency, plan, pool_bytes)
-    spare_bytes = 0 if residency.streamed else max(0, spare_window_bytes(static) - residency.window_bytes)
+    spare_bytes = spare_window_bytes(residency)
     arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, plan.batch_size)
                   + pool_bytes, spare_bytes)
     return WindowWeights(backend, model, arch, residency, arena, batch_size=plan.batch_size, trace=trace, pool=pool,
                          spare_window_bytes=spare_bytes)
 
 
-def spare_window_bytes(pieces: Sequence[Piece]) -> int:
-    """For what is pinned and may have to stream: two blocks, and the gap that a ring leaves."""
-    large = [piece for piece in pieces if not always_pinned(piece)]
-    return 2 * max(block_bytes(large).values(), default=0) + max((piece.slot_bytes for piece in large), default=0)
+def spare_window_bytes(residency: Residency) -> int:
+    """Where all is pinned, and may have to stream: two blocks, and the gap that a ring leaves, as far as there is no
+    window that holds them."""
+    if residency.streamed:
+        return 0
+    large = [piece for piece in residency.pieces if not always_pinned(piece)]
+    wanted = 2 * max(block_bytes(large).values(), default=0) + max((piece.slot_bytes for piece in large), default=0)
+    return max(0, wanted - residency.window_bytes)
 
 
 def _fused_bytes(backend: Backend, model: ModelFile, arch: Architecture, kv: DenseKVCache, n_tokens: int,

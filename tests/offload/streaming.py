@@ -62,7 +62,7 @@ def open_streaming(path: Path, share: float = 0.0, *, context_length: int = 1024
     pieces, experts = (cut(file, arch), []) if n_slots is None else split_experts(cut(file, arch))
     pool = (PoolShape.of(experts), n_slots) if n_slots is not None else None
     chosen = residency_of(pieces, share)
-    spare_bytes = 0 if chosen.streamed else spare_window_bytes(pieces)
+    spare_bytes = spare_window_bytes(chosen)
     arena = Arena(chosen.pinned_bytes + chosen.window_bytes + EmbeddingRows.arena_bytes(file, batch_size)
                   + (pool[1] * pool[0].slot_bytes if pool else 0), spare_bytes)
     weights = WindowWeights(backend, file, arch, chosen, arena, n_threads=n_readers, batch_size=batch_size, trace=trace,

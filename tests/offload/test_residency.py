@@ -15,6 +15,7 @@ from edgert.architectures.registry import open_architecture
 from edgert.gguf.model_file import ModelFile
 from offload import residency
 from offload.arena import PAGE_BYTES
+from offload.loading import spare_window_bytes
 from offload.readers import aligned_range
 from offload.residency import Piece, always_pinned, choose, cut, n_parts
 
@@ -83,6 +84,16 @@ def test_what_stays_when_memory_is_wanted_is_what_would_have_been_chosen_for_it(
     alone, chosen = choose(pieces, least, MIB), choose(pieces, more[-1], MIB, [least, *more])
     assert chosen.keep[:len(alone.keep)] == alone.keep
     assert small(pieces) <= chosen.pinned_bytes <= more[-1]
+
+
+@fuzzed
+@given(models(), st.integers(0, 64))
+def test_a_window_that_is_there_is_not_spared_for_once_more(pieces: list[Piece], window_mib: int) -> None:
+    window = window_mib * MIB
+    spare, alone = (spare_window_bytes(choose(pieces, total(pieces), n_bytes)) for n_bytes in (window, 0))
+    assert window + spare == max(window, alone)
+    if any(not always_pinned(piece) for piece in pieces):
+        assert alone > 0 and spare_window_bytes(choose(pieces, small(pieces), window)) == 0
 
 
 @fuzzed
