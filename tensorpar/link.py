@@ -34,7 +34,10 @@ _MAX_DEPTH = 32
 
 class Link:
     """Frames to and from the device of `rank`. `check_alive` raises when that device is known to be gone;
-    `interrupted` raises when nobody wants the next frame any more, and is asked between frames only."""
+    `interrupted` raises when nobody wants the next frame any more, and is asked between frames only. Inside one, no
+    bytes for `stall_s` are a loss: a frame is sent at once."""
+
+    stall_s = LONGEST_WAIT_S
 
     def __init__(self, sock: socket.socket, rank: int = 0, check_alive: Callable[[], None] = lambda: None,
                  interrupted: Callable[[], None] = lambda: None) -> None:
@@ -156,7 +159,7 @@ class Link:
                 if time.monotonic() < spin_until_s:
                     _let_others()
                 elif not self._ready(select.POLLIN):
-                    self._look(deadline_s)
+                    self._look(deadline_s if may_end else min(deadline_s, began_s + self.stall_s))
                     if may_end:
                         self.interrupted()
                 try:

@@ -69,7 +69,7 @@ class Mesh:
             if not self._changed.wait_for(lambda: self._awaited.keys() <= self.links.keys(), _MEETING_S):
                 raise ClusterError("another worker did not come")
         for link in self.links.values():
-            link.check_alive, link.interrupted = check_alive, interrupted
+            link.check_alive, link.interrupted, link.stall_s = check_alive, interrupted, _UNHEARD_MS / 1000
         return Speed(max((one.latency_s for one in speeds), default=1e-6),
                      min((one.bytes_per_s for one in speeds), default=1e12))
 
