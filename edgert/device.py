@@ -17,9 +17,9 @@ from edgert.memory.probe import MemoryProbe
 from edgert.memory.profile import DeviceProfile
 from edgert.memory.profile_store import ProfileStore
 from edgert.paths import Paths
-from edgert.planning import EngineOptions
 
 if TYPE_CHECKING:
+    from edgert.planning import EngineOptions
     from tensorpar.profile import Profile
 
 # Kernels, then the disk. Together under 10 s, the first time.
@@ -28,23 +28,33 @@ _KERNELS_S, _DISK_S = 7.0, 1.5
 _LEAST_FILE_BYTES = 2**26
 
 
+def calibrated(store: ProfileStore, keys: tuple[str, str], backend: Backend, types: Iterable[int], head_dim: int,
+               kernels_s: float, disk_file: Path | None) -> DeviceProfile:
+    """What is known of the device and the disk with these `keys`; what is missing is measured, and kept. Kernels for
+    so many seconds at the most, and the disk by reading `disk_file`."""
+    from offload.disk_speed import measure_disk
+
+    known, disk = store.load(*keys)
+    # Corrections of nominal figures are none of measured ones.
+    profile = calibrate(backend, known if known and known.is_measured else None, types, head_dim, kernels_s)
+    if disk is None and disk_file is not None:
+        disk = measure_disk(disk_file, _DISK_S)
+    profile = replace(profile, curves=known.curves if known else {}, disk=disk or profile.disk)
+    if profile != known:
+        store.save(*keys, profile)
+    return profile
+
+
 def measured_profile(paths: Paths, n_threads: int, types: Iterable[int], head_dim: int, file: Path) -> DeviceProfile:
     """What this device can do with matrices of these ggml types, heads of this size, and the disk that `file` is on
     (its path need not exist: then the disk is as it was measured before, or nominal)."""
-    from offload.disk_speed import disk_key, measure_disk
+    from offload.disk_speed import disk_key
 
-    store, backend = ProfileStore(paths.cache / "device.json"), Backend(n_threads)
+    backend, where = Backend(n_threads), next(one for one in (file, *file.parents) if one.exists())
     try:
-        where = next(one for one in (file, *file.parents) if one.exists())
-        keys = backend.speed_key, disk_key(where)
-        known, disk = store.load(*keys)
-        profile = calibrate(backend, known, types, head_dim, _KERNELS_S)
-        if disk is None and where.is_file() and where.stat().st_size >= _LEAST_FILE_BYTES:
-            disk = measure_disk(where, _DISK_S)
-        profile = replace(profile, disk=disk or profile.disk)
-        if profile != known:
-            store.save(*keys, profile)
-        return profile
+        tells_of_disk = where.is_file() and where.stat().st_size >= _LEAST_FILE_BYTES
+        return calibrated(ProfileStore(paths.cache / "device.json"), (backend.speed_key, disk_key(where)), backend,
+                          types, head_dim, _KERNELS_S, where if tells_of_disk else None)
     finally:
         backend.close()
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from edgert.architectures.base import MAX_CONTEXT, Architecture
 from edgert.architectures.registry import open_architecture
+from edgert.device import calibrated
 from edgert.engine.blockwise import BlockwiseGraphs
-from edgert.engine.calibration import calibrate
 from edgert.engine.kv_cache import DenseKVCache, KVType, kv_bytes_per_token
 from edgert.engine.layouts import LayoutChoice, Layouts, choose_layouts
 from edgert.engine.retrieval_head import RetrievalHead
@@ -46,8 +46,8 @@ _MIN_CONTEXT_LENGTH, _MAX_BATCH = 8, 8192
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS; libgomp crashes on many more
 # Other programs' memory is not ours to push out.
 _SHARE_OF_AVAILABLE = 0.9
-# The first calibration of a device: kernels, then the disk; and 1-3 s for a rehearsal. Together under 10 s.
-_KERNELS_S, _DISK_S = 5.0, 1.5
+# The first calibration of a device: kernels; then the disk, and 1-3 s for a rehearsal. Together under 10 s.
+_KERNELS_S = 5.0
 _REHEARSAL_SHARE = 0.25  # of the memory that is left
 
 
@@ -134,17 +134,11 @@ class Planning:
 
     def calibrate(self) -> None:
         """Measure what is not known yet of this device and of this model on it: 10 s at the most, and once."""
-        from offload.disk_speed import measure_disk
-
-        known, disk = self._store.load(*self.keys)
-        curves = {} if known is None else known.curves
-        if not self.is_calibrated:
-            known = None  # corrections of nominal figures are none of measured ones
         types = {*self.demand.shape.matrix_bytes, *self.demand.shape.head_bytes, *self.demand.shape.expert_bytes}
-        profile = calibrate(self.backend, known, types, self.arch.hp.head_dim, _KERNELS_S)
-        profile = replace(profile, curves=curves, disk=disk or measure_disk(self.file.path, _DISK_S))
+        profile = calibrated(self._store, self.keys, self.backend, types, self.arch.hp.head_dim, _KERNELS_S,
+                             self.file.path)
         self.profile = self.rehearsed(profile)
-        if self.profile != known:
+        if self.profile != profile:
             self._store.save(*self.keys, self.profile)
 
     def rehearsed(self, profile: DeviceProfile) -> DeviceProfile:

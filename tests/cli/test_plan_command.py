@@ -37,7 +37,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(calibration, name, value)
     for name, other in {"_LEAST_RING_BYTES": 2**20, "_MOST_RING_BYTES": 2**20, "_median": once}.items():
         monkeypatch.setattr(rehearsal, name, other)
-    monkeypatch.setattr("edgert.planning._DISK_S", 0.01)
+    monkeypatch.setattr("edgert.device._DISK_S", 0.01)
 
 
 @pytest.fixture
