@@ -98,6 +98,15 @@ def test_a_wait_is_interrupted_between_frames_only(ends: tuple[Link, socket.sock
     timer.join(60)
 
 
+@pytest.mark.parametrize("n_bytes", [5, HEADER_BYTES + 2])
+def test_a_frame_that_stops_in_its_middle_is_not_waited_for(ends: tuple[Link, socket.socket], n_bytes: int) -> None:
+    link, theirs = ends
+    link.stall_s = 0.05
+    theirs.sendall((pack(Kind.PART, Moment(1), 4) + b"half")[:n_bytes])
+    with pytest.raises(PeerLost, match="in time"):
+        link.take(memoryview(bytearray(4)))
+
+
 def test_a_peer_that_does_not_read_is_not_waited_for(ends: tuple[Link, socket.socket]) -> None:
     with pytest.raises(PeerLost, match="in time"):
         ends[0].send(Kind.PART, Moment(1), bytes(2**24), within_s=0.05)
