@@ -16,8 +16,9 @@ from edgert.architectures.base import Architecture, Block
 from edgert.engine.batch import Batch
 from edgert.engine.expert_state import ExpertState
 from edgert.engine.kv_cache import KVCache
+from edgert.engine.parted import PartedStates
 from edgert.engine.weights import Leases
-from edgert.ggml.backend import Allocator, Backend
+from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Graph
 
 Build = Callable[[ExpertState], None]
@@ -28,14 +29,12 @@ class ExpertSegments:
 
     def __init__(self, backend: Backend, arch: Architecture, kv: KVCache) -> None:
         self._backend, self._arch, self._kv = backend, arch, kv
-        self._allocator = Allocator(backend)
-        self._state: ExpertState | None = None
-        self._n_cells = 0
+        self._states = PartedStates[ExpertState](backend, max_shapes=1)
 
     @property
     def compute_bytes(self) -> int:
         """Memory of intermediate results, of inputs and logits."""
-        return self._allocator.size_bytes + (self._state.size_bytes if self._state else 0)
+        return self._states.compute_bytes + sum(state.size_bytes for state in self._states)
 
     @staticmethod
     def serve(batches: list[Batch], weights: Leases) -> bool:
@@ -73,33 +72,13 @@ class ExpertSegments:
             return state.all_logits
 
     def _state_of(self, batch: Batch, weights: Leases, build: Build) -> ExpertState:
-        n_cells, grew = self._kv.bucket(batch), True
-        if self._state is not None and n_cells == self._n_cells:
-            return self._state
-        self._drop()
-        while grew:
-            state = ExpertState(self._backend, self._arch, self._kv, batch, weights)
-            try:
-                for state.waits in (True, False):
-                    state.begin()
-                    build(state)
-                largest, *others = state.graphs()
-                self._allocator.alloc(largest)
-                # A later graph may have moved the buffer under the earlier ones: then it is large enough for all.
-                grew = any(self._allocator.alloc(graph) for graph in others)
-            except BaseException:
-                state.close()
-                raise
-            if grew:
-                state.close()
-        self._state, self._n_cells = state, n_cells
-        return state
+        def build_both(state: ExpertState) -> None:
+            for state.waits in (True, False):
+                state.begin()
+                build(state)
 
-    def _drop(self) -> None:
-        if self._state is not None:
-            self._state.close()
-            self._state = None
+        return self._states.get((self._kv.bucket(batch),),
+                                lambda: ExpertState(self._backend, self._arch, self._kv, batch, weights), build_both)
 
     def close(self) -> None:
-        self._drop()
-        self._allocator.close()
+        self._states.close()

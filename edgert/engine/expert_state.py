@@ -95,6 +95,7 @@ class ExpertState(FusedState):
     def size_bytes(self) -> int:
         return self._memory.size_bytes
 
+    @property
     def graphs(self) -> list[Graph]:
         """All of them, from the largest on: with the output head."""
         experts = [some.graph for of_form in self._some_experts.values() for some in of_form]
@@ -261,7 +262,7 @@ class ExpertState(FusedState):
 
     def close(self) -> None:
         self.graph.close()
-        for graph in self.graphs():
+        for graph in self.graphs:
             graph.close()
         self._logits_rows.close()
         self._memory.close()

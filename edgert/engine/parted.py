@@ -8,7 +8,7 @@ second call of ggml costs 10 us.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -50,27 +50,37 @@ class PartedStates(Generic[S]):
     def compute_bytes(self) -> int:
         return self._allocator.size_bytes
 
-    def get(self, shape: tuple[int, ...], make: Callable[[], S]) -> S:
-        """The state of this shape; `make` builds one whose graphs have no memory yet."""
-        state = self._states.get(shape)
-        if state is not None:
+    def __iter__(self) -> Iterator[S]:
+        return iter(self._states.values())
+
+    def get(self, shape: tuple[int, ...], make: Callable[[], S], build: Callable[[S], None]) -> S:
+        """The state of this shape. Where there is none, `make` opens one and `build` adds its graphs, the largest first
+        where that is known: only a graph that is placed later, and needs more, has them all built once more."""
+        if shape in self._states:
             self._states.move_to_end(shape)
-            return state
+            return self._states[shape]
         while len(self._states) >= self._max_shapes:
             self._states.popitem(last=False)[1].close()
-        while state is None:
-            state = make()
-            if self._place(state.graphs):  # a later graph has moved the buffer under the earlier ones: now it is
-                self._drop_all()           # large enough for all
-                state.close()
-                state = None
+        while not self._place(state := make(), build):
+            pass
         self._states[shape] = state
         return state
 
-    def _place(self, graphs: Sequence[Graph]) -> bool:
-        """Give every graph its memory. True when the buffer had to grow."""
-        grew = [self._allocator.alloc(graph) for graph in graphs]
-        return any(grew)
+    def _place(self, state: S, build: Callable[[S], None]) -> bool:
+        """Build the state's graphs and give them their memory. False when a later one has moved the buffer under the
+        earlier ones: the state is closed, and the buffer now large enough for all."""
+        try:
+            build(state)
+            moved = [self._allocator.alloc(graph) for graph in state.graphs]
+        except BaseException:
+            state.close()
+            raise
+        if any(moved):
+            self._drop_all()
+        if any(moved[1:]):
+            state.close()
+            return False
+        return True
 
     def _drop_all(self) -> None:
         for state in self._states.values():
@@ -147,12 +157,9 @@ class PartedGraphs:
         """Build what a batch of this shape needs, where it is not there yet."""
         n_features = 0 if features is None else 1 + len(features.feature_layers)
 
-        def make() -> TwoPartState:
-            state = TwoPartState(self._backend, self._arch, self._kv, batch, n_features)
-            forward([state])
-            return state
-
-        return self._states.get((batch.n_tokens, self._kv.bucket(batch), batch.n_outputs, n_features), make)
+        return self._states.get((batch.n_tokens, self._kv.bucket(batch), batch.n_outputs, n_features),
+                                lambda: TwoPartState(self._backend, self._arch, self._kv, batch, n_features),
+                                lambda state: forward([state]))
 
     def close(self) -> None:
         self._states.close()

@@ -129,8 +129,8 @@ class SegmentState(FusedState):
         return self.logits_array
 
     def close(self) -> None:
-        for segment in self.segments:
-            segment.graph.close()
+        for graph in (*self.graphs, self.graph):
+            graph.close()
         self._memory.close()
 
 
@@ -147,13 +147,13 @@ class SegmentGraphs:
 
     def run(self, batch: Batch, build: Callable[[SegmentState], None], collective: Collective) -> NDArray[np.float32]:
         """Compute one batch together with the other ranks. Logits (n_outputs, head_rows), valid until the next run."""
-        def make() -> SegmentState:
-            state = SegmentState(self._backend, self._arch, self._kv, batch, collective)
+        def build_all(state: SegmentState) -> None:
             build(state)
             state.finish()
-            return state
 
-        state = self._states.get((batch.n_tokens, self._kv.bucket(batch), batch.n_outputs), make)
+        state = self._states.get((batch.n_tokens, self._kv.bucket(batch), batch.n_outputs),
+                                 lambda: SegmentState(self._backend, self._arch, self._kv, batch, collective),
+                                 build_all)
         state.inputs.write(self._kv, batch)
         for segment in state.segments:
             segment.run(self._backend, collective)
