@@ -42,8 +42,6 @@ from retrieval.workers import Workers, wait_for
 
 Floats = NDArray[np.float32]
 Positions = NDArray[np.int64]
-
-
 # Before a text is too long to be attended whole: so many of its last steps write what the disk is to hold, and the last
 # few are observed and bring tokens into the hot buffer.
 APPROACH_TOKENS, APPROACH_SETS = 128, 4

@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Literal
 
 from edgert.memory.profile import DeviceProfile, HitCurve, Layout, Limit
@@ -64,9 +63,7 @@ def expected_hit_rate(residency: float, curve: HitCurve = HIT_CURVE) -> float:
     """Share of the experts asked for that are in memory, when `residency` of all experts are: linear between points."""
     if residency >= curve[-1][0]:
         return curve[-1][1]
-    index = bisect_right([x for x, _ in curve], max(residency, curve[0][0]))
-    (x0, y0), (x1, y1) = [*pairwise(curve)][index - 1]
-    return y0 + (y1 - y0) * (residency - x0) / (x1 - x0)
+    return _linear(curve, residency)
 
 
 def kv_bytes(shape: ModelShape, n_tokens: int) -> int:

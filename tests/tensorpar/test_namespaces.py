@@ -86,6 +86,20 @@ def test_invite_join_up_run_without_an_address(model: Path, tmp_path: Path, fami
         worker.kill()
 
 
+def said_while(happen: Callable[[], None], leader: Host, home: Path, model: Path) -> bytes:
+    """What an answer of all devices says on standard error when this happens in its middle. Its text is the leader's
+    alone."""
+    command = ("run", model, "hello", "--raw", "--temp", 0, "--max-tokens", 400, "--threads", 1, "--context", 512)
+    _, expected, _ = run(leader, home, *command)
+    process = start(leader, home, *command, "--cluster", "--devices", "all")
+    assert process.stdout is not None
+    begun = os.read(process.stdout.fileno(), 4)
+    happen()
+    rest, err = process.communicate(timeout=DEADLINE_S)
+    assert begun + rest == expected.encode() and process.returncode == 0
+    return bytes(err)
+
+
 def test_a_cable_that_is_cut_in_an_answer(model: Path, tmp_path: Path,
                                           pairs_of_hosts: Callable[[Family], list[Host]]) -> None:
     laptop, pi = pairs_of_hosts("IPv4")
@@ -94,16 +108,8 @@ def test_a_cable_that_is_cut_in_an_answer(model: Path, tmp_path: Path,
     for one in (home, tmp_path / "pi"):
         as_if_measured(one)
     worker = WorkerProcess("pi", tmp_path / "pi", 7440, ("--no-mdns",), pi.prefix).start()
-    command = ("run", model, "hello", "--raw", "--temp", 0, "--max-tokens", 400, "--threads", 1, "--context", 512)
     try:
-        _, expected, _ = run(laptop, home, *command)
-        process = start(laptop, home, *command, "--cluster", "--devices", "all")
-        assert process.stdout is not None
-        begun = os.read(process.stdout.fileno(), 4)
-        pi.cut()
-        rest, err = process.communicate(timeout=DEADLINE_S)
-        assert begun + rest == expected.encode()
-        assert b"pi was lost" in err and process.returncode == 0
+        assert b"pi was lost" in said_while(pi.cut, laptop, home, model)
     finally:
         worker.kill()
 
@@ -118,17 +124,14 @@ def test_workers_that_lose_each_other_and_not_the_leader(model: Path, tmp_path: 
         pair(home, own, own.name, host.address, 7440)
         as_if_measured(own)
         workers.append(WorkerProcess(own.name, own, 7440, ("--no-mdns",), host.prefix).start())
-    command = ("run", model, "hello", "--raw", "--temp", 0, "--max-tokens", 400, "--threads", 1, "--context", 512)
-    try:
-        _, expected, _ = run(laptop, home, *command)
-        process = start(laptop, home, *command, "--cluster", "--devices", "all")
-        assert process.stdout is not None
-        begun = os.read(process.stdout.fileno(), 4)
+
+    def part() -> None:
         for host, other in (others, others[::-1]):
             host.lose(other)
-        rest, err = process.communicate(timeout=DEADLINE_S)
-        assert begun + rest == expected.encode()
-        assert b"sums go through this device" in err and b"was lost (" not in err and process.returncode == 0
+
+    try:
+        err = said_while(part, laptop, home, model)
+        assert b"sums go through this device" in err and b"was lost (" not in err
     finally:
         for worker in workers:
             worker.kill()
