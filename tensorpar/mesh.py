@@ -22,9 +22,11 @@ from tensorpar.probe import Speed, echo, measure
 _DIAL_S = 3.0
 # All are ready when they dial: more than handshakes and measurements need, on a slow card.
 _MEETING_S = 5.0
-# Between workers there are no heartbeats: in a pass each sends to the other and then waits, so that what is not
-# acknowledged for so long (by the other's system, however busy or stopped it is) tells that nothing arrives any more.
-_UNHEARD_MS = 2500
+# Between workers there are no heartbeats, but the systems' own: what is sent, or a probe on a link over which one waits
+# for a second, is acknowledged by the other's system, however busy or stopped the other is. After so long it is not.
+_UNHEARD_MS, _PROBE_S = 2500, 1
+_PROBES = {"TCP_USER_TIMEOUT": _UNHEARD_MS, "TCP_KEEPIDLE": _PROBE_S, "TCP_KEEPALIVE": _PROBE_S,  # macOS' name for it
+           "TCP_KEEPINTVL": _PROBE_S, "TCP_KEEPCNT": 2}
 
 
 class Mesh:
@@ -98,7 +100,9 @@ class Mesh:
 
 
 def _notice_silence(sock: socket.socket) -> None:
-    """Let a connection break over which nothing arrives any more, though nobody has closed it."""
-    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux (RFC 5482); elsewhere the wait's own deadline ends it
-    if option is not None:
-        sock.setsockopt(socket.IPPROTO_TCP, option, _UNHEARD_MS)
+    """Let a connection break over which nothing arrives any more, though nobody has closed it (RFC 1122, section
+    4.2.3.6; RFC 5482)."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _PROBES.items():
+        if hasattr(socket, name):  # not every system has all
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

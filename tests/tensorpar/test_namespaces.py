@@ -14,6 +14,15 @@ import pytest
 from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, as_if_measured, pair
 from benchmarks.namespaces import Family, Host, hosts, problem
 
+_SERVE = "import socket; s = socket.create_server(('', 7450)); print('up', flush=True); s.accept()[0].recv(1)"
+_WAIT = """
+import socket, sys
+from tensorpar.mesh import _notice_silence
+sock = socket.create_connection((sys.argv[1], 7450))
+_notice_silence(sock)
+print("waits", flush=True)
+sock.recv(1)
+"""
 # As patient as the leaders within this process (conftest.py).
 _START = "import sys; from tensorpar import pace; pace._SLOW = 1e9; from apps.cli.main import main; sys.exit(main())"
 
@@ -135,6 +144,23 @@ def test_workers_that_lose_each_other_and_not_the_leader(model: Path, tmp_path: 
     finally:
         for worker in workers:
             worker.kill()
+
+
+def test_who_only_waits_for_another_worker_notices_a_dead_cable(pairs_of_hosts: Callable[..., list[Host]]) -> None:
+    one, other = pairs_of_hosts()
+    with subprocess.Popen([*other.prefix, sys.executable, "-c", _SERVE], stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None and server.stdout.readline() == b"up\n"
+            with subprocess.Popen([*one.prefix, sys.executable, "-c", _WAIT, other.address], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE) as waiting:
+                try:
+                    assert waiting.stdout is not None and waiting.stdout.readline() == b"waits\n"
+                    other.cut()
+                    assert b"TimeoutError" in waiting.communicate(timeout=DEADLINE_S)[1]
+                finally:
+                    waiting.kill()
+        finally:
+            server.kill()
 
 
 def test_the_doctor_names_what_is_wrong(tmp_path: Path, pairs_of_hosts: Callable[[Family], list[Host]]) -> None:
