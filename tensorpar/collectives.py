@@ -115,13 +115,17 @@ class Group:
         """From here on these links to other workers are used too."""
         self._links, self.network = dict(sorted({**self._links, **links}.items())), network
 
-    def look(self) -> None:
-        """For whoever waits for another worker: raises Abandoned when the leader has something else to say."""
+    def look(self) -> bool:
+        """For whoever waits for another worker: whether the leader is ahead, which has that worker's part then. It was
+        sent to all at once; and behind what the leader says of the pass, a word that it gave it up would not be seen.
+        Raises Abandoned when that is what it says."""
         link = self._links[0]
-        if link.has_begun():
-            header = link.peek(MAX_DATA_BYTES)
-            if header.kind not in _OF_A_PASS or header.moment[:2] != self._moment[:2]:
-                raise Abandoned("the leader has given this pass up")
+        if not link.has_begun():
+            return False
+        header = link.peek(MAX_DATA_BYTES)
+        if header.kind not in _OF_A_PASS or header.moment[:2] != self._moment[:2]:
+            raise Abandoned("the leader has given this pass up")
+        return True
 
     def algorithm(self, n_bytes: int) -> Algorithm:
         """How so many bytes are summed; only a star where workers are not connected."""

@@ -147,9 +147,11 @@ class ClusterEngine(Engine):
     def _names(self) -> list[str]:
         return [self._name, *(one.member.name for one in self._ranks)]
 
-    def _stop_if_cancelled(self) -> None:
+    def _stop_if_cancelled(self) -> bool:
+        """For whoever waits for a worker, of which nothing says when it is due."""
         if self._inner is not None and self._inner.backend.cancel.is_set:
             raise Cancelled
+        return False
 
     # -- plans -------------------------------------------------------------------------------------------------
     def _plan_anew(self) -> None:

@@ -33,15 +33,15 @@ _MAX_DEPTH = 32
 
 
 class Link:
-    """Frames to and from the device of `rank`. `check_alive` raises when that device is known to be gone;
-    `interrupted` raises when nobody wants the next frame any more, and is asked between frames only. Inside one, no
-    bytes for `stall_s` are a loss: a frame is sent at once."""
+    """Frames to and from the device of `rank`. `check_alive` raises when that device is known to be gone. `is_due` is
+    asked between frames only: whether the next one must be on its way; it raises when nobody wants that any more.
+    Of a frame that is due or has begun, no bytes for `stall_s` are a loss: a frame is sent at once."""
 
     stall_s = LONGEST_WAIT_S
 
     def __init__(self, sock: socket.socket, rank: int = 0, check_alive: Callable[[], None] = lambda: None,
-                 interrupted: Callable[[], None] = lambda: None) -> None:
-        self.rank, self.check_alive, self.interrupted = rank, check_alive, interrupted
+                 is_due: Callable[[], bool] = lambda: False) -> None:
+        self.rank, self.check_alive, self.is_due = rank, check_alive, is_due
         self._socket = sock
         tune(sock)
         sock.setblocking(False)
@@ -131,37 +131,40 @@ class Link:
         while into:
             is_between = into is self._head  # not a byte of the frame has come
             if not foreseen:
-                into = into[self._receive(into, deadline_s, may_end=is_between):]
+                into = into[self._receive(into, deadline_s, is_between=is_between):]
                 continue
-            n = self._receive(self._ahead[:len(into) + foreseen], deadline_s, may_end=is_between)
+            n = self._receive(self._ahead[:len(into) + foreseen], deadline_s, is_between=is_between)
             self._held = self._ahead[:n]
             n = min(n, len(into))
             into[:n], self._held = self._held[:n], self._held[n:]
             into, foreseen = into[n:], 0
 
-    def _receive(self, into: memoryview, deadline_s: float, *, may_end: bool) -> int:
-        """Wait for some bytes, and how many came. `may_end`: the wait may be interrupted."""
+    def _receive(self, into: memoryview, deadline_s: float, *, is_between: bool) -> int:
+        """Wait for some bytes, and how many came. `is_between`: none of the frame's have come yet."""
         try:  # most often it is here already
             n = self._socket.recv_into(into)
         except _NOT_YET:
-            n = self._wait_for(into, deadline_s, may_end=may_end)
+            n = self._wait_for(into, deadline_s, is_between=is_between)
         except OSError as error:
             raise self._broken(error) from error
         if n == 0:
             raise PeerLost(self.rank, "it closed the connection")
         return n
 
-    def _wait_for(self, into: memoryview, deadline_s: float, *, may_end: bool) -> int:
+    def _wait_for(self, into: memoryview, deadline_s: float, *, is_between: bool) -> int:
         began_s = time.monotonic()
         spin_until_s = began_s + SPIN_S
+        is_due = not is_between
+        if is_due:
+            deadline_s = min(deadline_s, began_s + self.stall_s)
         try:
             while True:
                 if time.monotonic() < spin_until_s:
                     _let_others()
                 elif not self._ready(select.POLLIN):
-                    self._look(deadline_s if may_end else min(deadline_s, began_s + self.stall_s))
-                    if may_end:
-                        self.interrupted()
+                    self._look(deadline_s)
+                    if not is_due and self.is_due():
+                        is_due, deadline_s = True, min(deadline_s, time.monotonic() + self.stall_s)
                 try:
                     return self._socket.recv_into(into)
                 except _NOT_YET:

@@ -63,15 +63,16 @@ class Mesh:
             self.links[rank] = link
             self._changed.notify()
 
-    def meet(self, check_alive: Callable[[], None], interrupted: Callable[[], None]) -> Speed:
-        """Open all links; the slowest one's speed. Raises ClusterError when one does not come about."""
+    def meet(self, check_alive: Callable[[], None], is_due: Callable[[], bool]) -> Speed:
+        """Open all links, which ask these two; the slowest one's speed. Raises ClusterError when one does not come
+        about."""
         speeds = [self._dial(one.rank, one.host, one.port, one.certificate) for one in self._introduction.others
                   if one.rank < self._rank]
         with self._changed:
             if not self._changed.wait_for(lambda: self._awaited.keys() <= self.links.keys(), _MEETING_S):
                 raise ClusterError("another worker did not come")
         for link in self.links.values():
-            link.check_alive, link.interrupted, link.stall_s = check_alive, interrupted, _UNHEARD_MS / 1000
+            link.check_alive, link.is_due, link.stall_s = check_alive, is_due, _UNHEARD_MS / 1000
         return Speed(max((one.latency_s for one in speeds), default=1e-6),
                      min((one.bytes_per_s for one in speeds), default=1e12))
 

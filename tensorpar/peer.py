@@ -43,20 +43,20 @@ class Peer:
 
     @classmethod
     def connect(cls, member: Member, identity: Identity, session: str, addresses: Iterable[tuple[str, int]],
-                interrupted: Callable[[], None]) -> Peer:
+                is_due: Callable[[], bool]) -> Peer:
         """Dial the worker at the first of its addresses that answers. Raises ClusterError with the last reason."""
         problem = ClusterError(f"nobody knows where {member.name} is", "Name its address with --peer HOST:PORT.")
         for host, port in addresses:
             try:
-                return cls._connect_at(host, port, member, identity, session, interrupted)
+                return cls._connect_at(host, port, member, identity, session, is_due)
             except ClusterError as error:
                 problem = error
         raise problem
 
     @classmethod
     def _connect_at(cls, host: str, port: int, member: Member, identity: Identity, session: str,
-                    interrupted: Callable[[], None]) -> Peer:
-        link = Link(identity.dial(host, port, member.certificate, _DIAL_S), interrupted=interrupted)
+                    is_due: Callable[[], bool]) -> Peer:
+        link = Link(identity.dial(host, port, member.certificate, _DIAL_S), is_due=is_due)
         try:
             link.send_message(Kind.HELLO, {"purpose": "work", "session": session}, within_s=_GREETING_S)
             _, hello = link.receive_message(Kind.READY, within_s=_GREETING_S)

@@ -163,9 +163,8 @@ class Session:
             self._close_mesh()
         self._group.join({} if self.mesh is None else self.mesh.links, network)
 
-    def _look(self) -> None:
-        if self._group is not None:
-            self._group.look()
+    def _look(self) -> bool:
+        return self._group is not None and self._group.look()
 
     def _close_mesh(self) -> None:
         mesh, self.mesh = self.mesh, None

@@ -34,8 +34,8 @@ class ClusterOptions:
 class Workers:
     """The connected workers, and how those that are away are reached again."""
 
-    def __init__(self, membership: Membership, options: ClusterOptions, interrupted: Callable[[], None]) -> None:
-        self._membership, self._options, self._interrupted = membership, options, interrupted
+    def __init__(self, membership: Membership, options: ClusterOptions, is_due: Callable[[], bool]) -> None:
+        self._membership, self._options, self._is_due = membership, options, is_due
         self.connected: list[Peer] = []
 
     def connect(self) -> list[str]:
@@ -72,7 +72,7 @@ class Workers:
     def _dial(self, member: Member, addresses: Sequence[tuple[str, int]]) -> Peer | str:
         try:
             return Peer.connect(member, self._membership.identity, secrets.token_hex(8), dict.fromkeys(addresses),
-                                self._interrupted)
+                                self._is_due)
         except ClusterError as error:
             return f"{member.name} is left out: {error.message}"
 

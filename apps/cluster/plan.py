@@ -31,7 +31,7 @@ def plan(args: argparse.Namespace) -> int:
     file = ModelFile.open(Catalog(Paths.of_user(), args.models_dir).find(str(Path(args.model))))
     load_libraries()
     arch = open_architecture(file)
-    workers = Workers(membership, ClusterOptions("all", tuple(map(parse_address, args.peer))), lambda: None)
+    workers = Workers(membership, ClusterOptions("all", tuple(map(parse_address, args.peer))), lambda: False)
     try:
         for problem in workers.connect():
             _log.warning("%s", problem)

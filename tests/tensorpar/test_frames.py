@@ -85,7 +85,7 @@ def test_a_closed_a_silent_and_a_dead_peer_are_lost(ends: tuple[Link, socket.soc
 
 def test_a_wait_is_interrupted_between_frames_only(ends: tuple[Link, socket.socket]) -> None:
     link, theirs = ends
-    link.interrupted = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment]
+    link.is_due = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         link.peek()
     frame = pack(Kind.PROBE, Moment(0), 4) + b"done"
@@ -105,6 +105,20 @@ def test_a_frame_that_stops_in_its_middle_is_not_waited_for(ends: tuple[Link, so
     theirs.sendall((pack(Kind.PART, Moment(1), 4) + b"half")[:n_bytes])
     with pytest.raises(PeerLost, match="in time"):
         link.take(memoryview(bytearray(4)))
+
+
+def test_a_frame_that_is_due_is_not_waited_for_any_longer(ends: tuple[Link, socket.socket]) -> None:
+    link, theirs = ends
+    link.stall_s = 0.15
+    answers = iter([False] * 5 + [True] * 1000)
+    link.is_due = lambda: next(answers)
+    timer = threading.Timer(0.35, theirs.sendall, [pack(Kind.PART, Moment(1), 0)])
+    timer.start()  # five looks, for longer than a stall: what is not due may take as long as it likes
+    assert link.peek(within_s=60).kind is Kind.PART
+    link.take(memoryview(b""))
+    timer.join(60)
+    with pytest.raises(PeerLost, match="in time"):
+        link.peek(within_s=60)
 
 
 def test_a_peer_that_does_not_read_is_not_waited_for(ends: tuple[Link, socket.socket]) -> None:

@@ -101,18 +101,27 @@ def group(rank: int, n_links: int) -> tuple[Group, list[Link]]:
 
 def test_who_waits_for_a_worker_hears_the_leader() -> None:
     follower, (leader, other) = group(2, 2)
-    follower._links[1].interrupted = follower.look
-    leader.send(Kind.PART, Moment(1), bytes(64))  # its part of the sum that is waited for: nothing new
-    follower.look()
-    leader.close()
-    follower, (leader, other) = group(2, 2)
-    follower._links[1].interrupted = follower.look
+    follower._links[1].is_due = follower.look
+    assert not follower.look()
     leader.send(Kind.PROBE, Moment(0), bytes(64))
     with pytest.raises(Abandoned):
         follower._receive(follower._links[1], Kind.PART, memoryview(bytearray(64)))
     other.send(Kind.PART, Moment(1, 5), bytes(64))  # the other one is at a later pass already
     with pytest.raises(Abandoned):
         follower._receive(follower._links[1], Kind.PART, memoryview(bytearray(64)))
+    for link in (leader, other):
+        link.close()
+
+
+def test_who_stopped_between_telling_the_leader_and_a_worker_is_not_waited_for() -> None:
+    follower, (leader, other) = group(2, 2)
+    awaited = follower._links[1]
+    awaited.is_due, awaited.stall_s = follower.look, 0.05
+    leader.send(Kind.PART, Moment(1, 0, 1), bytes(64))  # the next sum's: it has all parts of this one
+    leader.send_message(Kind.SETUP, {})  # the survivors' next epoch, which nobody sees behind it
+    with pytest.raises(PeerLost) as lost:
+        follower._receive(awaited, Kind.PART, memoryview(bytearray(64)))
+    assert lost.value.rank == 1
     for link in (leader, other):
         link.close()
 
