@@ -79,13 +79,14 @@ def say(what: str, **more: Any) -> None:
 # -- the observer's process --------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One answer that lost a worker. Seconds from the loss."""
+    """One answer that lost a worker. Seconds from the loss. `also_lost` is what was said of others, who were there."""
 
     devices: int
     is_whole: bool
     is_that_of_the_survivors: bool
     detected_s: float
     pause_s: float
+    also_lost: tuple[str, ...]
 
 
 class Leader:
@@ -112,6 +113,7 @@ def lose_once(leader: Leader, lose: Callable[[], None], rng: random.Random) -> O
     moment = rng.choice([0, *rng.sample(range(1, _N_TOKENS - 4), 4)])
     lost_s = detected_s = begun_s = 0.0
     times: list[float] = []
+    losses: list[str] = []
     leader.ask()
     while True:
         heard = leader.hear()
@@ -128,11 +130,12 @@ def lose_once(leader: Leader, lose: Callable[[], None], rng: random.Random) -> O
                     lost_s = time.monotonic()
                     lose()
             case "lost":
-                detected_s = heard["at_s"]
+                detected_s = detected_s or heard["at_s"]
+                losses.append(heard["why"])
             case "done":
                 gaps = [b - a for a, b in zip([begun_s, *times], times, strict=False) if b > lost_s]
                 return Outcome(devices, len(heard["token_ids"]) == _N_TOKENS == len(times), heard["equal"],
-                               detected_s - lost_s, max(gaps, default=0.0))
+                               detected_s - lost_s, max(gaps, default=0.0), tuple(losses[1:]))
 
 
 def observe(model: Path, n_runs: int, kinds: Sequence[str], seed: int) -> None:
@@ -179,6 +182,9 @@ def report(kind: str, outcomes: Sequence[Outcome]) -> None:
           f"{statistics.median(noticed or [0]):.3f} s, worst {max(noticed, default=0):.3f} s; longest pause median "
           f"{statistics.median(pauses):.2f} s, nine of ten {pauses[len(pauses) * 9 // 10]:.2f} s, worst "
           f"{pauses[-1]:.2f} s", flush=True)
+    for one in outcomes:
+        for why in one.also_lost:
+            print(f"    then, {one.pause_s:.2f} s of pause: {why}", flush=True)
 
 
 def main() -> None:
