@@ -111,9 +111,10 @@ def outputs(g: Graph, w: Weights, x: Tensor, ids: Tensor, activation: Activation
 
 
 def weigh(g: Graph, outputs: Tensor, weights: Tensor) -> Tensor:
-    """(hidden_size, n_tokens) of outputs (hidden_size, n_used, n_tokens) and weights (1, n_used, n_tokens)."""
+    """(hidden_size, n_tokens) of outputs (hidden_size, n_used, n_tokens), which are lost, and weights (1, n_used,
+    n_tokens)."""
     hidden_size, n_used, n_tokens, _ = outputs.ne
-    weighted = g.mul(outputs, weights)
+    weighted = g.mul_in_place(outputs, weights)
     rows = [g.view(weighted, (hidden_size, n_tokens), (weighted.nb[2],), i * weighted.nb[1]) for i in range(n_used)]
     total = rows[0]
     for row in rows[1:]:

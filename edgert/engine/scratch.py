@@ -91,7 +91,8 @@ class FfnParts:
 
 class Scratch:
     """What all batches of one shape share: graph inputs, the partial result and the logits. Shapes share the memory
-    too, for one batch computes at a time."""
+    too, for one batch computes at a time. Partial results that no other device adds to are never kept, and have none.
+    """
 
     def __init__(self, graphs: BlockwiseGraphs, batch: Batch) -> None:
         context, hp = Context(24), graphs.arch.hp
@@ -101,7 +102,8 @@ class Scratch:
         self.partial_outputs = context.tensor(TYPE_F32, (hp.hidden_size, n_rows))
         self.logits = context.tensor(TYPE_F32, (hp.head_rows, n_rows))
         self.logits_rows = Rows(self.logits)
-        tensors = [*self.inputs.tensors(), self.partial, self.partial_outputs, self.logits]
+        partial = [] if graphs.is_alone else [self.partial, self.partial_outputs]
+        tensors = [*self.inputs.tensors(), *partial, self.logits]
         size_bytes = sum(_aligned(t.n_bytes) for t in tensors)
         self.memory = Memory(graphs.backend, context, tensors, graphs.scratch_buffer(size_bytes))
         self.written_for: Batch | None = None

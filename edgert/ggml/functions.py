@@ -40,6 +40,7 @@ _BASE: dict[str, tuple[Any, list[Any]]] = {
     "ggml_set_output": (None, [_P]),
     "ggml_add": (_P, [_P, _P, _P]),
     "ggml_mul": (_P, [_P, _P, _P]),
+    "ggml_mul_inplace": (_P, [_P, _P, _P]),
     "ggml_div": (_P, [_P, _P, _P]),
     "ggml_scale": (_P, [_P, _P, _F]),
     "ggml_clamp": (_P, [_P, _P, _F, _F]),

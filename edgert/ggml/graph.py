@@ -185,6 +185,10 @@ class Graph(Context):
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
         return self._elementwise("ggml_mul", a, b)
 
+    def mul_in_place(self, a: Tensor, b: Tensor) -> Tensor:
+        """The products take the place of a, which nothing may read afterwards."""
+        return self._elementwise("ggml_mul_inplace", a, b)
+
     def div(self, a: Tensor, b: Tensor) -> Tensor:
         return self._elementwise("ggml_div", a, b)
 

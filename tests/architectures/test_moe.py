@@ -17,7 +17,7 @@ from edgert.engine.layouts import choose_layouts
 from edgert.engine.resident import ResidentWeights
 from edgert.ggml.abi import TYPE_F32, TYPE_I32
 from edgert.ggml.backend import Allocator, Backend
-from edgert.ggml.graph import Graph, Tensor
+from edgert.ggml.graph import Context, Graph, Tensor
 from edgert.gguf.model_file import ModelFile
 
 N_EXPERTS, N_USED = 64, 4
@@ -67,6 +67,27 @@ def test_a_damaged_router_still_names_experts(logits: NDArray[np.float32], gatin
     _, ids = routed(logits, gating)
     assert ((ids >= 0) & (ids < N_EXPERTS)).all()
     assert all(len(set(row)) == N_USED for row in ids.tolist())
+
+
+def test_outputs_are_weighed_where_they_lie() -> None:
+    """Or a prompt would need the memory of all its experts' outputs once more."""
+    hidden, n_tokens = 256, 32
+    rng, backend, g = np.random.default_rng(0), Backend(1), Graph(64)
+    held, allocator = Context(2), Allocator(backend)
+    shapes = (hidden, N_USED, n_tokens), (1, N_USED, n_tokens)
+    given = [held.tensor(TYPE_F32, shape) for shape in shapes]
+    values = [rng.standard_normal(shape[::-1], dtype=np.float32) for shape in shapes]
+    buffers = [backend.alloc("given", t.n_bytes) for t in given]
+    for tensor, buffer, value in zip(given, buffers, values, strict=True):
+        buffer.place(tensor, buffer.base)
+        backend.array(tensor)[:] = value.reshape(backend.array(tensor).shape)
+    found = g.output(moe.weigh(g, *given))
+    allocator.alloc(g)
+    backend.compute(g)
+    np.testing.assert_allclose(backend.array(found), (values[0] * values[1]).sum(1), rtol=1e-4, atol=1e-5)
+    assert allocator.size_bytes < given[0].n_bytes
+    for resource in (g, allocator, held, *buffers, backend):
+        resource.close()
 
 
 def test_scores_are_all_comparable_before_they_are_sorted(logits: NDArray[np.float32]) -> None:
