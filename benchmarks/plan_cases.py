@@ -79,8 +79,8 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
 
 def answer(args: argparse.Namespace) -> dict[str, Any]:
     """A prompt and an answer; what was predicted of them and what happened."""
-    from edgert.memory.model import hit_rate, memory_bytes
-    from edgert.memory.planner import predict_pass
+    from edgert.memory.model import hit_rate
+    from edgert.memory.planner import expected_peak_bytes, predict_pass
     from edgert.runtime import open_planned, peak_rss_bytes
 
     with planning_of(args) as planning:
@@ -95,12 +95,11 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
         n_tokens = engine.kv.length
         token, prompt = (predict_pass(demand, device, plan, n, cached)
                          for n, cached in ((1, (n_prompt + n_tokens) // 2), (n_prompt, 0)))
-        used = max(stage.pinned_bytes for stage in plan.stages)
-        predicted = memory_bytes(demand.shape, demand.overheads, replace(plan.sizes, pinned_bytes=used), n_tokens)
         return {"weights": plan.sizes.weights, "sizes": _plain(plan.sizes), "n_tokens": n_tokens,
                 "tok_s": steady_rate(times), "predicted_tok_s": 1 / token.total_s,
                 "prefill_s": prefill_s, "predicted_prefill_s": prompt.total_s, "limit": token.limit,
-                "predicted_peak_bytes": min(predicted, plan.budget_bytes), "peak_rss_bytes": peak_rss_bytes(),
+                "predicted_peak_bytes": expected_peak_bytes(demand, plan, n_prompt, n_tokens),
+                "peak_rss_bytes": peak_rss_bytes(),
                 "waited_s": getattr(engine.weights, "waited_s", 0.0), "hit_rate": _hit_rate(before, engine.plan()),
                 "predicted_hit_rate": hit_rate(demand.shape, plan.sizes, 1, demand.curve), "parts_s": asdict(token),
                 "disk_bytes_s": device.disk.bytes_s, "streamed_bytes": plan.streamed_bytes}

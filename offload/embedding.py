@@ -16,7 +16,8 @@ from offload.arena import Arena
 from offload.direct_file import ALIGN_BYTES, DirectFile
 from offload.readers import Read, Readers, aligned_range
 
-# Rows kept after use: texts repeat their words. 2048 rows of a 4096-wide Q4_0 table are 4.5 MiB.
+# Rows kept after use, at most one for each token of a text, which repeats its words. 2048 rows of a 4096-wide Q4_0
+# table are 4.5 MiB.
 _MAX_CACHED_ROWS = 2048
 # Rows on their way at a time, in slots of 8 KiB or more.
 _ROWS_AT_ONCE = 16
@@ -31,7 +32,7 @@ class EmbeddingRows:
     key = "token_embd.weight"
 
     def __init__(self, files: Sequence[DirectFile], model: ModelFile, context: Context, buffer: Buffer, arena: Arena,
-                 batch_size: int, readers: Readers) -> None:
+                 batch_size: int, context_length: int, readers: Readers) -> None:
         info = model.tensors[EmbeddingRows.key]
         self._file, self._offset, self._readers = files[info.part], info.offset, readers
         self._row_bytes = _row_bytes(model)
@@ -43,6 +44,7 @@ class EmbeddingRows:
         self._slot_bytes = _slot_bytes(self._row_bytes)
         self._slots = arena.carve(_ROWS_AT_ONCE * self._slot_bytes)
         self._reads: dict[int, Read] = {}  # by token id, each into a slot of its own
+        self._n_kept = min(_MAX_CACHED_ROWS, context_length)
         self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
 
     @staticmethod
@@ -52,9 +54,10 @@ class EmbeddingRows:
         return batch_size * row_bytes + _ROWS_AT_ONCE * _slot_bytes(row_bytes) + 2 * ALIGN_BYTES
 
     @staticmethod
-    def bytes_needed(model: ModelFile, batch_size: int) -> int:
+    def bytes_needed(model: ModelFile, batch_size: int, context_length: int) -> int:
         """The same, and the rows that are kept."""
-        return EmbeddingRows.arena_bytes(model, batch_size) + _MAX_CACHED_ROWS * (_row_bytes(model) + 256)
+        n_kept = min(_MAX_CACHED_ROWS, context_length)
+        return EmbeddingRows.arena_bytes(model, batch_size) + n_kept * (_row_bytes(model) + 256)
 
     @property
     def bytes_read(self) -> int:
@@ -68,7 +71,7 @@ class EmbeddingRows:
             for number, token_id in enumerate(group, start):
                 self._rows[number] = self._cache[token_id]
                 self._cache.move_to_end(token_id)
-            while len(self._cache) > _MAX_CACHED_ROWS:
+            while len(self._cache) > self._n_kept:
                 self._cache.popitem(last=False)
         return np.arange(len(token_ids), dtype=np.int32)
 

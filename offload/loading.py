@@ -139,7 +139,7 @@ def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv
         forget_cached(path, data_start + _READAHEAD_BYTES)
     return Overheads(_process_bytes(probe, budget_bytes), _growth_bytes(arch, kv.context_length, n_logits),
                      compute_bytes, fused_bytes or max(compute_bytes.values()),
-                     EmbeddingRows.bytes_needed(model, batch_size), batch_size)
+                     EmbeddingRows.bytes_needed(model, batch_size, kv.context_length), batch_size)
 
 
 def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: Sequence[Piece], plan: Plan, *,
@@ -154,8 +154,8 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: 
     spare_bytes = spare_window_bytes(residency)
     arena = Arena(residency.pinned_bytes + residency.window_bytes + EmbeddingRows.arena_bytes(model, plan.batch_size)
                   + pool_bytes, spare_bytes)
-    return WindowWeights(backend, model, arch, residency, arena, batch_size=plan.batch_size, trace=trace, pool=pool,
-                         spare_window_bytes=spare_bytes)
+    return WindowWeights(backend, model, arch, residency, arena, batch_size=plan.batch_size,
+                         context_length=plan.context_length, trace=trace, pool=pool, spare_window_bytes=spare_bytes)
 
 
 def spare_window_bytes(residency: Residency) -> int:

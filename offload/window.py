@@ -86,7 +86,7 @@ class WindowWeights:
     resident = False
 
     def __init__(self, backend: Backend, model: ModelFile, arch: Architecture, residency: Residency, arena: Arena,
-                 *, n_threads: int = 4, batch_size: int = 512, trace: Trace = OFF,
+                 *, n_threads: int = 4, batch_size: int = 512, context_length: int = 0, trace: Trace = OFF,
                  pool: tuple[PoolShape, int] | None = None, spare_window_bytes: int = 0) -> None:
         self._arena, self._trace, self.residency = arena, trace, residency
         self._is_cancelled: Callable[[], bool] = lambda: backend.cancel.is_set
@@ -114,7 +114,7 @@ class WindowWeights:
         try:
             self._open_files(model)
             self.embedding = EmbeddingRows(self._files, model, self._context, self._buffer, arena, batch_size,
-                                           self._row_readers)
+                                           context_length or arch.hp.context_length, self._row_readers)
             if pool is not None:
                 shape, n_slots = pool
                 self.experts = ExpertPool(shape, arch.hp, n_slots, arena, self._buffer, self._files, self._is_cancelled,

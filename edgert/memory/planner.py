@@ -126,6 +126,17 @@ def budget_for(demand: Demand, profile: DeviceProfile, target_tok_s: float, most
     return low if tok_s(demand, profile, make_plan(demand, profile, low)) >= target_tok_s else high
 
 
+def expected_peak_bytes(demand: Demand, plan: Plan, n_prompt: int, n_tokens: int) -> int:
+    """Peak memory of a text of `n_tokens` that begins with a prompt of `n_prompt`: the most of the stages that it
+    passes. A prompt that is shorter than what is computed at once fills no more than its share of compute buffers."""
+    overheads, sizes = demand.overheads, plan.sizes
+    in_parts = sizes.weights == "streamed" and not demand.shape.n_experts
+    at_once = min(sizes.part_tokens if in_parts else plan.batch_size, demand.context_length)
+    filled = overheads.filled(min(1.0, n_prompt / at_once))
+    ends = [min(stage.n_tokens, n_tokens) for stage in plan.stages if stage.n_tokens >= n_prompt]
+    return max(memory_bytes(demand.shape, filled, plan.sizes_at(end), end) for end in ends or [n_tokens])
+
+
 def predict_pass(demand: Demand, profile: DeviceProfile, plan: Plan, n_tokens: int, n_cached: int = 0) -> Prediction:
     """A pass of `n_tokens` over a cache of `n_cached`: one token of an answer, or a prompt."""
     return predict(demand.shape, profile, plan.sizes_at(n_cached + n_tokens), n_tokens, n_cached,

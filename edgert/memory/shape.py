@@ -6,7 +6,7 @@ Plain values, filled in by edgert/model_shape.py from a file's header and from w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgert.memory.kv import KVSizes
@@ -61,6 +61,11 @@ class Overheads:
     fused_compute_bytes: int  # ggml's buffers, the whole model in one graph
     embedding_bytes: int  # rows of the embedding table, where the table itself is on disk
     batch_size: int = 512
+
+    def filled(self, share: float) -> Overheads:
+        """With so much of the compute buffers touched: all but logits grows with the tokens computed at once."""
+        return replace(self, fused_compute_bytes=int(share * self.fused_compute_bytes),
+                       compute_bytes={part: int(share * n_bytes) for part, n_bytes in self.compute_bytes.items()})
 
     def streamed_bytes(self, part_tokens: int) -> int:
         """All of it, where weights stream and batches are computed in parts."""

@@ -16,6 +16,7 @@ from edgert.memory.planner import (
     Demand,
     budget_for,
     default_context,
+    expected_peak_bytes,
     make_plan,
     plan_with,
     predict_pass,
@@ -114,6 +115,33 @@ def test_kv_that_is_not_there_yet_leaves_its_memory_to_weights() -> None:
     assert [plan.stage(n) for n in (1, 1024, 1025, 8192)] == [first, first, plan.stages[1], last]
     early, late = (predict_pass(demand, profile(), plan, 1, n).total_s for n in (100, 8000))
     assert early < late
+
+
+@fuzzed
+@given(demands(), profiles(), st.integers(0, 4 * GIB), st.integers(1, 2**17), st.integers(1, 2**17))
+def test_no_text_is_expected_to_take_more_than_the_plan(demand: Demand, device: DeviceProfile, more: int, n_prompt: int,
+                                                        n_tokens: int) -> None:
+    plan = make_plan(demand, device, smallest_budget(demand) + more)
+    n_tokens = min(n_tokens, demand.context_length)
+    assert expected_peak_bytes(demand, plan, min(n_prompt, n_tokens), n_tokens) <= plan.peak_bytes
+
+
+def test_a_short_prompt_is_expected_to_fill_its_share_of_the_buffers() -> None:
+    def expected(demand: Demand, n_prompt: int) -> int:
+        plan = plan_with(demand, 4 * GIB, Sizes("streamed", 225 * MIB, 100 * MIB, demand.shape.n_experts))
+        return expected_peak_bytes(demand, plan, n_prompt, 2048)
+
+    dense, moe = (Demand(one, OVERHEADS, 2048) for one in (shape(), moe_shape()))
+    assert expected(dense, 512) == expected(dense, 256) == expected(dense, 64) + 30 * MIB  # in parts of 256
+    assert expected(moe, 512) == expected(moe, 256) + 20 * MIB
+
+
+def test_what_gave_way_before_a_prompt_came_does_not_count_with_it() -> None:
+    demand = Demand(shape(), OVERHEADS, 8192)
+    plan = make_plan(demand, profile(), 768 * MIB)
+    long = memory_bytes(demand.shape, demand.overheads, plan.sizes_at(4096), 4096)
+    assert expected_peak_bytes(demand, plan, 4096, 4096) == long
+    assert plan.sizes_at(4096).pinned_bytes < plan.sizes_at(1).pinned_bytes
 
 
 def test_experts_get_a_pool_and_dense_weights_are_pinned_first() -> None:

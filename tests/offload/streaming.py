@@ -65,8 +65,8 @@ def open_streaming(path: Path, share: float = 0.0, *, context_length: int = 1024
     spare_bytes = spare_window_bytes(chosen)
     arena = Arena(chosen.pinned_bytes + chosen.window_bytes + EmbeddingRows.arena_bytes(file, batch_size)
                   + (pool[1] * pool[0].slot_bytes if pool else 0), spare_bytes)
-    weights = WindowWeights(backend, file, arch, chosen, arena, n_threads=n_readers, batch_size=batch_size, trace=trace,
-                            pool=pool, spare_window_bytes=spare_bytes)
+    weights = WindowWeights(backend, file, arch, chosen, arena, n_threads=n_readers, batch_size=batch_size,
+                            context_length=context_length, trace=trace, pool=pool, spare_window_bytes=spare_bytes)
     engine = Engine(arch, weights, kv, backend, batch_size=batch_size, trace=trace)
     try:
         yield engine

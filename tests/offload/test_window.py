@@ -149,6 +149,14 @@ def test_rows_that_are_forgotten_are_read_again(tiny_model: TinyModel, monkeypat
             np.testing.assert_array_equal(expected, logits)
 
 
+def test_no_more_rows_are_kept_than_a_text_has_tokens(tiny_model: TinyModel) -> None:
+    with open_streaming(tiny_model("llama"), context_length=8) as engine:
+        for start in (0, 8):
+            engine.kv.truncate(0)
+            engine.step(np.arange(start, start + 8, dtype=np.int32))
+        assert len(window_of(engine).embedding._cache) == 8
+
+
 def test_layers_with_different_pieces_pinned_share_their_graphs(tiny_model: TinyModel) -> None:
     """Or a model of many layers would build, and keep in memory, a graph for each."""
     path = tiny_model("llama", n_layers=12)
