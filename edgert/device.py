@@ -5,6 +5,7 @@ Part of the composition root: it knows where profiles are kept, who measures ker
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from edgert.gguf.model_file import ModelFile
 from edgert.memory.probe import MemoryProbe
 from edgert.memory.profile import DeviceProfile
 from edgert.memory.profile_store import ProfileStore
+from edgert.neighbours import Neighbours
 from edgert.paths import Paths
 
 if TYPE_CHECKING:
     from edgert.planning import EngineOptions
     from tensorpar.profile import Profile
 
+_log = logging.getLogger(__name__)
 # Kernels, then the disk. Together under 10 s, the first time.
 _KERNELS_S, _DISK_S = 7.0, 1.5
 # A shorter file tells more of a cache than of its disk.
@@ -29,17 +32,27 @@ _LEAST_FILE_BYTES = 2**26
 
 
 def calibrated(store: ProfileStore, keys: tuple[str, str], backend: Backend, types: Iterable[int], head_dim: int,
-               kernels_s: float, disk_file: Path | None) -> DeviceProfile:
+               kernels_s: float, disk_file: Path | None, expert_types: Iterable[int] = ()) -> DeviceProfile:
     """What is known of the device and the disk with these `keys`; what is missing is measured, and kept. Kernels for
     so many seconds at the most, and the disk by reading `disk_file`."""
     from offload.disk_speed import measure_disk
 
     known, disk = store.load(*keys)
-    # Corrections of nominal figures are none of measured ones.
-    profile = calibrate(backend, known if known and known.is_measured else None, types, head_dim, kernels_s)
-    if disk is None and disk_file is not None:
+    doubtful = known if known is not None and known.is_doubtful else None
+    # Corrections of other figures are none of those that are measured now.
+    base = known if known is not None and known.is_measured and doubtful is None else None
+    others = Neighbours()
+    profile = calibrate(backend, base, types, head_dim, kernels_s, expert_types)
+    if (disk is None or doubtful) and disk_file is not None:
         disk = measure_disk(disk_file, _DISK_S)
-    profile = replace(profile, curves=known.curves if known else {}, disk=disk or profile.disk)
+    profile = replace(profile, disk=disk or profile.disk)
+    if profile != base and others.disturb:
+        profile = profile.disturbed(doubtful)
+        if profile.is_doubtful:
+            _log.warning("other programs took %.0f %% of the processors while this device was measured: predicted "
+                         "speeds may be too low; it is measured again at the next start", 100 * others.share)
+    if known is not None:
+        profile = replace(profile, curves=known.curves, rehearsals=known.rehearsals)
     if profile != known:
         store.save(*keys, profile)
     return profile

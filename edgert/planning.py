@@ -27,12 +27,14 @@ from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.kv_tiers import head_of, with_kv
 from edgert.memory.demand_store import DemandStore
-from edgert.memory.model import HIT_CURVE, Sizes, predict
+from edgert.memory.hits import HIT_CURVE
+from edgert.memory.model import Sizes, predict
 from edgert.memory.planner import Demand, Plan, default_context, make_plan
 from edgert.memory.probe import MemoryProbe
 from edgert.memory.profile import DeviceProfile, HitCurve, Part
 from edgert.memory.profile_store import ProfileStore
 from edgert.model_shape import shape_of
+from edgert.neighbours import Neighbours
 from edgert.paths import Paths
 from edgert.speculation import MAX_PASS_TOKENS, Speculate
 from edgert.text.tokenizer import Tokenizer
@@ -134,9 +136,10 @@ class Planning:
 
     def calibrate(self) -> None:
         """Measure what is not known yet of this device and of this model on it: 10 s at the most, and once."""
-        types = {*self.demand.shape.matrix_bytes, *self.demand.shape.head_bytes, *self.demand.shape.expert_bytes}
+        shape = self.demand.shape
+        types = {*shape.matrix_bytes, *shape.head_bytes, *shape.expert_bytes}
         profile = calibrated(self._store, self.keys, self.backend, types, self.arch.hp.head_dim, _KERNELS_S,
-                             self.file.path)
+                             self.file.path, shape.expert_bytes)
         self.profile = self.rehearsed(profile)
         if self.profile != profile:
             self._store.save(*self.keys, self.profile)
@@ -146,20 +149,33 @@ class Planning:
         from offload.rehearsal import LONG_S, rehearse
 
         shape = self.demand.shape
-        if shape.key in profile.rehearsals or predict(shape, profile, Sizes("resident"), 1).multiply_s > LONG_S:
+        before = profile.rehearsals.get(shape.key)
+        is_settled = before is not None and not before.is_doubtful
+        if is_settled or predict(shape, profile, Sizes("resident"), 1).multiply_s > LONG_S:
             return profile
+        others = Neighbours()
         rehearsal = rehearse(self.backend, self.file, self.arch, self.pieces, shape, self.options.kv_type,
                              int(self.left_bytes * _REHEARSAL_SHARE))
-        return profile if rehearsal is None else replace(
-            profile, rehearsals={**profile.rehearsals, shape.key: rehearsal})
+        if rehearsal is None:
+            return profile
+        if others.disturb:
+            rehearsal = rehearsal.disturbed(before)
+        return replace(profile, rehearsals={**profile.rehearsals, shape.key: rehearsal})
 
     @property
     def is_rehearsed(self) -> bool:
-        return self.demand.shape.key in self.profile.rehearsals
+        """Whether this model's pass was timed while nobody else computed, or often enough."""
+        rehearsal = self.profile.rehearsals.get(self.demand.shape.key)
+        return rehearsal is not None and not rehearsal.is_doubtful
 
     @property
     def is_calibrated(self) -> bool:
         return self.profile.is_measured
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the device was measured while nobody else computed, or often enough."""
+        return self.profile.is_measured and not self.profile.is_doubtful
 
     def learn(self, part: Part, measured_over_predicted: float) -> None:
         """Correct the profile by an answer that took so many times what was predicted, and keep it."""

@@ -43,6 +43,12 @@ def users_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield models
 
 
+@pytest.fixture(autouse=True)
+def nobody_disturbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test measures is not measured again because other programs computed meanwhile: tests do themselves."""
+    monkeypatch.setattr("edgert.neighbours._MOST_SHARE", 1.0)
+
+
 @pytest.fixture(scope="session")
 def require() -> Callable[[object, str], None]:
     """`require(condition, reason)`: skip the test when the condition is false, or fail it in strict mode."""

@@ -117,8 +117,9 @@ def _options(args: argparse.Namespace) -> EngineOptions:
 
 
 def _calibrate(planning: Planning) -> None:
-    if not planning.is_calibrated:
-        print("measuring this device, once (up to 10 s) ...", file=sys.stderr)
+    if not planning.is_settled:
+        again = " again, for other programs computed the last time" if planning.is_calibrated else ", once"
+        print(f"measuring this device{again} (up to 10 s) ...", file=sys.stderr)
     elif not planning.is_rehearsed:
         print("measuring this model here, once (up to 4 s) ...", file=sys.stderr)
     planning.calibrate()

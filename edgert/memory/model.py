@@ -7,11 +7,11 @@ Sources: SpeContext, arXiv 2512.00722, section 6 (memory as a sum of closed term
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from edgert.memory.hits import HIT_CURVE, asked_share, expected_hit_rate, linear
 from edgert.memory.profile import DeviceProfile, HitCurve, Layout, Limit
 from edgert.memory.shape import ModelShape, Overheads, Phase
 
@@ -25,11 +25,11 @@ _IN_FLIGHT_BYTES = 20 * 2**20
 _ROWS_AT_ONCE = 8  # of the embedding, one of which takes as long as the smallest read (offload/window.py)
 # Prefill in parts over prefill in whole batches of 512 (measured, edgert/engine/blockwise.py).
 _PART_COST = {256: 1.02, 128: 1.09}
+# What a prompt's experts move beside their products, in passes over what is kept of them: inputs are gathered, outputs
+# written, put in the router's order, weighed and added.
+_EXPERT_MOVES = 8
 # A matrix product that reads memory at this share of the device's bandwidth waits for memory.
 _MEMORY_BOUND_SHARE = 0.6
-# Expert hits by share of the experts that are in memory, with eviction by recency. Source: routing of Qwen3-235B in
-# decode (the boyle project's curves); replaced by what is measured, where something is.
-HIT_CURVE: HitCurve = ((0.0, 0.0), (0.05, 0.34), (0.12, 0.58), (0.25, 0.80), (0.36, 0.89), (0.55, 0.96), (1.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,6 @@ class Prediction:
     overhead_s: float
     total_s: float
     limit: Limit
-
-
-def expected_hit_rate(residency: float, curve: HitCurve = HIT_CURVE) -> float:
-    """Share of the experts asked for that are in memory, when `residency` of all experts are: linear between points."""
-    if residency >= curve[-1][0]:
-        return curve[-1][1]
-    return _linear(curve, residency)
 
 
 def kv_bytes(shape: ModelShape, n_tokens: int) -> int:
@@ -122,12 +115,11 @@ def streamed_bytes(shape: ModelShape, sizes: Sizes) -> int:
 
 def hit_rate(shape: ModelShape, sizes: Sizes, n_tokens: int,
              curve: HitCurve = HIT_CURVE) -> float:
-    """Share of a pass's experts that need not be read. One token: by recency. A prompt asks for all of them, each once:
-    the share that has a slot."""
+    """Share of a pass's experts that need not be read. One token: by recency. A prompt asks for each once, and begins
+    with none."""
     if sizes.weights == "resident" or not shape.n_experts:
         return 1.0
-    residency = min(1.0, sizes.pool_slots / shape.n_slots)
-    return expected_hit_rate(residency, curve) if n_tokens == 1 else residency
+    return expected_hit_rate(min(1.0, sizes.pool_slots / shape.n_slots), curve) if n_tokens == 1 else 0.0
 
 
 def missed_expert_bytes(shape: ModelShape, sizes: Sizes, n_tokens: int,
@@ -135,7 +127,7 @@ def missed_expert_bytes(shape: ModelShape, sizes: Sizes, n_tokens: int,
     """What one pass reads of the experts: (1 - hit rate) * share of the experts asked for * bytes of all of them."""
     if not shape.n_experts:
         return 0.0
-    asked = min(1.0, n_tokens * shape.n_experts_used / shape.n_experts)
+    asked = asked_share(shape.n_experts_used / shape.n_experts, n_tokens, curve)
     return (1 - hit_rate(shape, sizes, n_tokens, curve)) * asked * shape.n_slots * shape.slot_bytes
 
 
@@ -196,13 +188,16 @@ def _experts(shape: ModelShape, profile: DeviceProfile, hits: float, n_tokens: i
     read, as does what comes before them (`before_s`) where they are known earlier; then the others compute.
 
     max(0, reading - before, hits * products) + (1 - hits) * products. For one token of a model that was rehearsed:
-    products + what as many misses added, layers * used * (1 - hits), linear between the numbers that were tried.
+    products + what as many misses added, layers * used * (1 - hits), linear between the numbers that were tried. For a
+    prompt, whose experts compute as they come: max(products, reading - before).
     """
+    if n_tokens > 1:
+        return max(expert_s, read_s - before_s)
     rehearsal = profile.rehearsals.get(shape.key)
-    if rehearsal is None or not rehearsal.misses_s or n_tokens > 1:
+    if rehearsal is None or not rehearsal.misses_s:
         return max(read_s - before_s, hits * expert_s) + (1 - hits) * expert_s
     n_missed = shape.n_layers * shape.n_experts_used * (1 - hits)
-    return expert_s + _linear(sorted(rehearsal.misses_s.items()), n_missed) * profile.corrected("disk")
+    return expert_s + linear(sorted(rehearsal.misses_s.items()), n_missed) * profile.corrected("disk")
 
 
 def _expert_waits(shape: ModelShape, sizes: Sizes, n_tokens: int, curve: HitCurve) -> float:
@@ -227,13 +222,17 @@ def _multiply(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens:
 
 def _multiply_experts(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int,
                       batch_size: int) -> float:
-    """Those that are used, each by its share of the batch's tokens."""
+    """Those that are used, each by its share of the batch's tokens; and for more than one token, what they move."""
     if not shape.n_experts:
         return 0.0
     phase: Phase = "decode" if n_tokens <= 4 else "prefill"
-    share = shape.n_experts_used / shape.n_experts
-    return sum(profile.multiply(t, sizes.layout(t, phase), n_bytes * min(1.0, n * share), max(1.0, n * share))
-               for n in _batches(n_tokens, batch_size) for t, n_bytes in shape.expert_bytes.items())
+    share, total_s = shape.n_experts_used / shape.n_experts, 0.0
+    for type_id, n_bytes in shape.expert_bytes.items():
+        layout: Layout = "experts" if sizes.layout(type_id, phase) == "plain" else "repack"
+        total_s += sum(profile.multiply(type_id, layout, n_bytes * min(1.0, n * share), max(1.0, n * share))
+                       for n in _batches(n_tokens, batch_size))
+    moved_bytes = (n_tokens > 1) * n_tokens * shape.n_layers * shape.kept_bytes_per_token * _EXPERT_MOVES
+    return total_s + moved_bytes / profile.memory_bytes_s
 
 
 def _batches(n_tokens: int, batch_size: int) -> list[int]:
@@ -257,14 +256,7 @@ def _attend(shape: ModelShape, profile: DeviceProfile, n_tokens: int, n_cached: 
     if rehearsal is None or n_tokens > 1:
         return profile.attend(shape.head_dim, products, n_tokens)
     points = [(attention_products(shape, 1, n), seconds) for n, seconds in sorted(rehearsal.attend_s.items())]
-    return _linear(points, products)
-
-
-def _linear(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Between the points, of which there are two or more, and beyond them."""
-    above = min(max(1, bisect_right([x for x, _ in points], x)), len(points) - 1)
-    (x0, y0), (x1, y1) = points[above - 1], points[above]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
+    return linear(points, products)
 
 
 def _overhead(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int, batch_size: int) -> float:

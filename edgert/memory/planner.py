@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from edgert.errors import BudgetTooSmall
+from edgert.memory.hits import HIT_CURVE
 from edgert.memory.model import (
     CELLS_PER_BUCKET,
-    HIT_CURVE,
     Prediction,
     Sizes,
     comfortable_bytes,

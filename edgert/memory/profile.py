@@ -9,14 +9,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
-Layout = Literal["plain", "repack"]
+# Experts are multiplied with by other kernels than whole matrices are, in the layout of the file.
+Layout = Literal["plain", "repack", "experts"]
+Key = TypeVar("Key")
 Part = Literal["disk", "compute"]
 HitCurve = Sequence[tuple[float, float]]
 Limit = Literal["disk", "memory bandwidth", "compute"]
 # Seconds that 1 byte of a matrix takes for so many tokens, before anything was measured: a core of 2020 with AVX2.
 _NOMINAL_S_PER_BYTE = {1: 1.2e-10, 8: 4e-10, 256: 8e-9}
+# What was measured while other programs computed is measured again at the next starts, so often at the most: a device
+# that is never idle is as slow as it is.
+_MOST_TRIES = 3
 # One answer's surprise is never believed whole, and never beyond a factor: a busy minute must not spoil the profile.
 _CORRECTION_SHARE, _MAX_CORRECTION, _MAX_NOMINAL_CORRECTION = 0.3, 4.0, 100.0
 
@@ -40,6 +45,18 @@ class Rehearsal:
     misses_s: Mapping[int, float] = field(default_factory=dict)
     """What so many experts that have to be read add to the pass, by the disk of the file: from 0 to all, never less for
     more."""
+    n_disturbed: int = 0  # rehearsals in a row during which other programs computed, this one the best
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it is to be rehearsed again."""
+        return 0 < self.n_disturbed < _MOST_TRIES
+
+    def disturbed(self, before: Rehearsal | None) -> Rehearsal:
+        """Of this one, during which others computed, and the one before: the quicker, which was disturbed less."""
+        n = 1 + (before.n_disturbed if before else 0)
+        best = min((self, before or self), key=lambda one: one.fused_s + one.blocks_s)
+        return replace(best, n_disturbed=n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +64,7 @@ class DeviceProfile:
     """One device with one number of threads. What was not measured has nominal figures."""
 
     multiply_s: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    """`type/layout` (12/plain) -> tokens at once -> seconds for each byte of the matrix."""
+    """`type/layout` (12/plain) -> tokens at once, of each expert -> seconds for each byte of the matrix."""
     attend_s: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
     """Size of a head -> tokens at once -> seconds for each multiplication with a cached value."""
     memory_bytes_s: float = 1e10
@@ -59,6 +76,24 @@ class DeviceProfile:
     """By the model's key. A model that is not among them is predicted by its parts."""
     curves: Mapping[str, HitCurve] = field(default_factory=dict)
     """By the model's key: share of the experts in memory, share of the uses that find theirs; learnt from answers."""
+
+    n_disturbed: int = 0
+    """Measurements of the kernels in a row during which other programs computed: what is here is the best of them."""
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether kernels and disk are to be measured again."""
+        return 0 < self.n_disturbed < _MOST_TRIES
+
+    def disturbed(self, before: DeviceProfile | None) -> DeviceProfile:
+        """Of this one, during which others computed, and the one before: the best of all figures, for others only make
+        slower."""
+        if before is None:
+            return replace(self, n_disturbed=1)
+        return replace(self, multiply_s=_best(self.multiply_s, before.multiply_s),
+                       attend_s=_best(self.attend_s, before.attend_s), n_disturbed=before.n_disturbed + 1,
+                       memory_bytes_s=max(self.memory_bytes_s, before.memory_bytes_s),
+                       disk=max(self.disk, before.disk, key=lambda one: one.bytes_s))
 
     def multiply(self, type_id: int, layout: Layout, n_bytes: float, n_tokens: float) -> float:
         """Seconds to multiply `n_bytes` of matrices by `n_tokens` at once: between two measured batch sizes, linear;
@@ -93,6 +128,16 @@ class DeviceProfile:
         after = self.corrected(part) * max(measured_over_predicted, 1e-3) ** share
         bounded = min(most, max(1 / most, after))
         return replace(self, corrections={**self.corrections, part: bounded})
+
+
+def _best(*tables: Mapping[Key, Mapping[int, float]]) -> dict[Key, dict[int, float]]:
+    """The least of each entry."""
+    found: dict[Key, dict[int, float]] = {}
+    for table in tables:
+        for key, sizes in table.items():
+            best = found.setdefault(key, {})
+            best.update({n: min(seconds, best.get(n, seconds)) for n, seconds in sizes.items()})
+    return found
 
 
 def _interpolated(table: Mapping[int, float], n: float) -> float:

@@ -42,6 +42,7 @@ class ProfileStore:
             "multiply_s": {key: dict(sizes) for key, sizes in profile.multiply_s.items()},
             "attend_s": {str(size): dict(sizes) for size, sizes in profile.attend_s.items()},
             "memory_bytes_s": profile.memory_bytes_s, "n_threads": profile.n_threads,
+            "n_disturbed": profile.n_disturbed,
             "curves": _newest({key: [list(point) for point in curve] for key, curve in profile.curves.items()})}
         if profile.disk != DeviceProfile().disk:  # else it was not measured yet
             disks[disk] = {"bytes_s": profile.disk.bytes_s, "latency_s": profile.disk.latency_s}
@@ -68,7 +69,8 @@ def _profile(raw: object) -> DeviceProfile | None:
     if multiply is None or attend is None or scalars is None or not all(key.isdecimal() for key in attend):
         return None
     return DeviceProfile(multiply, {int(size): sizes for size, sizes in attend.items()}, scalars["memory_bytes_s"],
-                         n_threads=int(scalars["n_threads"]), curves=_curves(_table(raw, "curves")))
+                         n_threads=int(scalars["n_threads"]), curves=_curves(_table(raw, "curves")),
+                         n_disturbed=_count(raw.get("n_disturbed")))
 
 
 def _rehearsals(raw: Mapping[str, Any]) -> dict[str, Rehearsal]:
@@ -86,7 +88,9 @@ def _rehearsal(raw: object) -> Rehearsal | None:
         return None
     attend_s, misses_s = ({int(n): seconds for n, seconds in table.items()} for table in (attend, misses))
     is_whole = len(attend_s) > 1 and len(misses_s) != 1
-    return Rehearsal(passes["fused_s"], passes["blocks_s"], attend_s, misses_s) if is_whole else None
+    if not is_whole:
+        return None
+    return Rehearsal(passes["fused_s"], passes["blocks_s"], attend_s, misses_s, _count(raw.get("n_disturbed")))
 
 
 def _curves(raw: Mapping[str, Any]) -> dict[str, HitCurve]:
@@ -121,6 +125,11 @@ def _tables(raw: object) -> dict[str, dict[int, float]] | None:
             return None
         found[key] = {int(size): seconds for size, seconds in numbers.items()}
     return found
+
+
+def _count(raw: object) -> int:
+    """How often something was measured while others computed: of figures that do not say, never."""
+    return raw if type(raw) is int and raw >= 0 else 0
 
 
 def _numbers(raw: object, least: float = _TINY) -> dict[str, float] | None:

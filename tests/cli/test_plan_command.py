@@ -35,7 +35,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_SET_BYTES": 2**16, "_COPY_BYTES": 2**20, "_N_CACHED": 256, "_LEAST_RUNS": 1,
                         "_RUNS_S": 0.0, "_N_ROWS": 64}.items():
         monkeypatch.setattr(calibration, name, value)
-    for name, other in {"_LEAST_RING_BYTES": 2**20, "_MOST_RING_BYTES": 2**20, "_median": once}.items():
+    for name, other in {"_LEAST_RING_BYTES": 2**20, "_MOST_RING_BYTES": 2**20, "_typical": once}.items():
         monkeypatch.setattr(rehearsal, name, other)
     monkeypatch.setattr("edgert.device._DISK_S", 0.01)
 

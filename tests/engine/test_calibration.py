@@ -41,6 +41,14 @@ def test_every_type_and_head_that_is_asked_for_is_measured(backend: Backend) -> 
     assert found.n_threads == 1
 
 
+def test_experts_are_measured_as_they_are_chosen(backend: Backend) -> None:
+    found = calibrate(backend, None, [Q4_0], 64, 60, [Q4_0, F16])
+    assert {"1/experts", "2/experts"} <= found.multiply_s.keys()
+    assert found.multiply_s["2/experts"].keys() == found.multiply_s["2/plain"].keys()
+    assert found.multiply(F16, "experts", 1, 8) == found.multiply_s["1/experts"][8]
+    assert found.multiply(Q4_K, "experts", 1, 8) > 0  # nominal, until it is measured
+
+
 def test_what_is_known_is_not_measured_again(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     known = calibrate(backend, None, [Q4_0], 64, 60)
     more = calibrate(backend, known, [Q4_0, Q4_K], 128, 60)

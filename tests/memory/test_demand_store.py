@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from shapes import OVERHEADS, demands, moe_shape
 
 from edgert.memory.demand_store import DemandStore
-from edgert.memory.model import HIT_CURVE
+from edgert.memory.hits import HIT_CURVE
 from edgert.memory.planner import Demand
 
 DEMAND = Demand(moe_shape(foresees=True), OVERHEADS, 4096, 512, {"decode": frozenset({2, 12})})

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 from shapes import KEY, MIB, OVERHEADS, moe_shape, profile, shape
 
+from edgert.memory.hits import HIT_CURVE, asked_share, expected_hit_rate
 from edgert.memory.model import (
-    HIT_CURVE,
     Sizes,
-    expected_hit_rate,
     kv_bytes,
     memory_bytes,
     missed_expert_bytes,
@@ -31,6 +30,28 @@ def test_hit_rates_are_those_of_the_trace_and_between_them(residency: float, rat
 def test_measured_hit_rates_take_the_place_of_the_trace() -> None:
     assert expected_hit_rate(0.5, [(0, 0), (1, 1)]) == 0.5
     assert expected_hit_rate(0.5, HIT_CURVE) > 0.9
+
+
+def test_a_text_asks_for_more_experts_the_less_its_tokens_repeat_them() -> None:
+    assert asked_share(1 / 16, 1) == 1 / 16
+    never, always = ((0.0, 0.0), (1.0, 0.0)), ((0.0, 0.0), (1 / 16, 1.0), (1.0, 1.0))
+    assert asked_share(1 / 16, 9, never) == pytest.approx(9 / 16, rel=0.01)
+    assert asked_share(1 / 16, 17, never) == 1.0 > asked_share(0.5, 100) > 0.99
+    assert asked_share(1 / 16, 500, always) == 1 / 16
+    shares = [asked_share(1 / 16, n) for n in (1, 2, 16, 128, 1024)]
+    assert shares == sorted(set(shares))
+    # Chosen at random, tokens miss what a pool does not hold: 1 - exp(-uses).
+    assert asked_share(1 / 64, 65, ((0.0, 0.0), (1.0, 1.0))) == pytest.approx(1 - 0.368, abs=0.02)
+
+
+def test_experts_of_a_prompt_compute_as_they_are_read_with_kernels_of_their_own() -> None:
+    sizes, table = Sizes("streamed", 225 * MIB, 0, pool_slots=512 // 4), {1: 1e-10, 8: 6e-10, 128: 8e-9}
+    device = replace(profile(), multiply_s={**profile().multiply_s, "2/experts": table})
+    read_s = asked_share(4 / 32, 512) * 736 * MIB / 1e9
+    slow, fast = (predict(moe_shape(expert_bytes={2: n_bytes}), device, sizes, 512) for n_bytes in (736 * MIB, 0))
+    products_s, moved_s = 736 * MIB * (6e-10 + (8e-9 - 6e-10) * 56 / 120), 512 * 16 * 40_000 * 8 / 2e10
+    assert slow.multiply_s - fast.multiply_s == pytest.approx(products_s)
+    assert slow.total_s - fast.total_s == pytest.approx(products_s + moved_s - max(read_s, moved_s))
 
 
 def test_memory_is_the_sum_of_its_terms() -> None:
@@ -54,8 +75,10 @@ def test_a_pass_reads_what_is_not_pinned_once_whatever_its_length() -> None:
 def test_experts_cost_what_is_missed() -> None:
     sizes = Sizes("streamed", 225 * MIB, 0, pool_slots=512 // 4)
     assert missed_expert_bytes(moe_shape(), sizes, 1) == pytest.approx(0.2 * 4 / 32 * 736 * MIB)
-    # In a prompt every expert that is not in memory is read once.
-    assert missed_expert_bytes(moe_shape(), sizes, 512) == pytest.approx(0.75 * 736 * MIB)
+    # A prompt reads each expert that it asks for once, and begins with none.
+    asked = asked_share(4 / 32, 512)
+    assert asked > 0.9
+    assert missed_expert_bytes(moe_shape(), sizes, 512) == pytest.approx(asked * 736 * MIB)
     assert missed_expert_bytes(moe_shape(), Sizes("resident"), 1) == 0
     assert missed_expert_bytes(shape(), STREAMED, 1) == 0
 

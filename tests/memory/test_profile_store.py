@@ -18,8 +18,8 @@ def store(tmp_path: Path) -> ProfileStore:
     return ProfileStore(tmp_path / "cache" / "device.json")
 
 
-REHEARSAL = Rehearsal(0.1, 0.2, {0: 0.0, 255: 0.01}, {0: 0.0, 8: 0.1})
-MEASURED = replace(profile(2e9).learn("disk", 1.5), rehearsals={"llama-1": REHEARSAL},
+REHEARSAL = Rehearsal(0.1, 0.2, {0: 0.0, 255: 0.01}, {0: 0.0, 8: 0.1}, n_disturbed=1)
+MEASURED = replace(profile(2e9).learn("disk", 1.5), rehearsals={"llama-1": REHEARSAL}, n_disturbed=2,
                    curves={"llama-1": [(0.0, 0.0), (0.5, 0.8), (1.0, 1.0)]})
 
 
@@ -75,6 +75,18 @@ def test_a_damaged_figure_of_a_model_is_forgotten_alone(store: ProfileStore, cha
     store._path.write_text(json.dumps(known))
     found, _ = store.load("cpu", "8:1")
     assert found == replace(MEASURED, **{name: {} for name in change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [None, -1, "1", 1.5, [1]])
+def test_what_does_not_say_whether_it_was_disturbed_was_not(store: ProfileStore, count: object) -> None:
+    store.save("cpu", "8:1", MEASURED)
+    known = json.loads(store._path.read_text())
+    for entry in (known["devices"]["cpu"], known["rehearsals"]["cpu 8:1"]["llama-1"]):
+        entry["n_disturbed"] = count
+    store._path.write_text(json.dumps(known))
+    found, _ = store.load("cpu", "8:1")
+    assert found is not None
+    assert (found.n_disturbed, found.rehearsals["llama-1"].n_disturbed) == (0, 0)
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff", b"[" * 10**5, b"null"])

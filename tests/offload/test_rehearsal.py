@@ -68,7 +68,7 @@ def test_all_experts_are_found_or_one_of_some_layers_is_missed_or_one_of_each_or
         return 0.01
 
     monkeypatch.setattr(rehearsal, "_pool", keep)
-    monkeypatch.setattr(rehearsal, "_median", count)
+    monkeypatch.setattr(rehearsal, "_typical", count)
     path = tiny_model(family, n_layers=8)
     rehearse(path)
     n_used = open_architecture(ModelFile.open(path)).hp.n_experts_used
@@ -81,7 +81,7 @@ def test_all_experts_are_found_or_one_of_some_layers_is_missed_or_one_of_each_or
 def test_logits_are_numbers(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither overflow nor underflow, which some processors compute slowly."""
     seen = []
-    monkeypatch.setattr(rehearsal, "_median", lambda run: seen.append(np.array(run())) or 0.01)
+    monkeypatch.setattr(rehearsal, "_typical", lambda run: seen.append(np.array(run())) or 0.01)
     rehearse(tiny_model("llama", quantisation="Q4_0", n_layers=8))
     assert len(seen) == 5
     assert all(np.isfinite(logits).all() and np.abs(logits).max() > 0 for logits in seen)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from benchmarks.expert_cache import Trace, Visit, hit_rate
-from edgert.memory.model import expected_hit_rate
+from edgert.memory.hits import expected_hit_rate
 from offload.working_set import WorkingSet
 
 N_LAYERS, N_EXPERTS, N_USED = 6, 32, 4
