@@ -37,6 +37,7 @@ def shape_of(file: ModelFile, arch: Architecture, pieces: Sequence[Piece], kv_ty
         largest_piece_bytes=max((p.slot_bytes for p in large), default=0), matrix_bytes=dict(matrices),
         head_bytes=dict(head), expert_bytes=dict(experts), n_layers=hp.n_layers, n_heads=hp.n_heads,
         n_kv_heads=hp.n_kv_heads, head_dim=hp.head_dim, kv_bytes_per_token=kv_bytes_per_token(hp, kv_type),
+        hidden_size=hp.hidden_size,
         hidden_bytes_per_token=4 * (hp.hidden_size + hp.carried_size) + in_parts * FfnParts.bytes_per_token(hp),
         n_experts=hp.n_experts,
         n_experts_used=hp.n_experts_used, slot_bytes=PoolShape.of(of_experts).slot_bytes if of_experts else 0,

@@ -73,8 +73,9 @@ def rehearse(backend: Backend, model: ModelFile, arch: Architecture, pieces: Seq
     vectors, others = ([t.n_bytes for t in model.tensors.values() if (len(t.shape) == 1) == is_vector]
                        for is_vector in (True, False))
     cells_bytes = _N_CELLS * shape.kv_bytes_per_token
+    room_bytes = (most_bytes - max(others) - cells_bytes // (2 * shape.n_layers)) // 2
     ring_bytes = min(_MOST_RING_BYTES, max(_LEAST_RING_BYTES, _RING_CACHES * largest_cache_bytes()),
-                     (most_bytes - max(others) - cells_bytes // (2 * shape.n_layers)) // 2)
+                     room_bytes // ALIGN_BYTES * ALIGN_BYTES)
     if ring_bytes < _LEAST_RING_BYTES:
         return None
     sizes = min(ring_bytes, aligned(model.file_bytes)), max(others), max(vectors, default=ALIGN_BYTES)

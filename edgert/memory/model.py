@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Literal
 
 from edgert.memory.hits import HIT_CURVE, asked_share, expected_hit_rate, linear
@@ -25,9 +26,10 @@ _IN_FLIGHT_BYTES = 20 * 2**20
 _ROWS_AT_ONCE = 8  # of the embedding, one of which takes as long as the smallest read (offload/window.py)
 # Prefill in parts over prefill in whole batches of 512 (measured, edgert/engine/blockwise.py).
 _PART_COST = {256: 1.02, 128: 1.09}
-# What a prompt's experts move beside their products, in passes over what is kept of them: inputs are gathered, outputs
-# written, put in the router's order, weighed and added.
-_EXPERT_MOVES = 8
+# What a prompt takes of one thread beside products and attention, for each value of a hidden state and layer: norms,
+# rotations, sums, and rounding for products (27, 22 and 25 ns: SmolLM2-135M, Qwen2.5-0.5B, SmallThinker-4B's shape).
+# And for each value of a chosen expert's output: its input gathered, its output put in order, weighed and added.
+_VALUE_S, _EXPERT_VALUE_S = 25e-9, 12e-9
 # A matrix product that reads memory at this share of the device's bandwidth waits for memory.
 _MEMORY_BOUND_SHARE = 0.6
 
@@ -127,7 +129,7 @@ def missed_expert_bytes(shape: ModelShape, sizes: Sizes, n_tokens: int,
     """What one pass reads of the experts: (1 - hit rate) * share of the experts asked for * bytes of all of them."""
     if not shape.n_experts:
         return 0.0
-    asked = asked_share(shape.n_experts_used / shape.n_experts, n_tokens, curve)
+    asked = asked_share(shape.n_experts_used / shape.n_experts, n_tokens, curve) * _expert_layers(shape, n_tokens)
     return (1 - hit_rate(shape, sizes, n_tokens, curve)) * asked * shape.n_slots * shape.slot_bytes
 
 
@@ -157,22 +159,33 @@ def predict(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: i
     """One pass of `n_tokens` over a cache of `n_cached`: a token of an answer, or a prompt.
 
     reading = bytes / disk bandwidth; computing = products + attention + overhead; both times what answers before have
-    taught; total = rows of the embedding + longer + (1 - overlap) * shorter + what experts add.
+    taught; total = rows of the embedding + longer + (1 - overlap) * shorter + what experts add + the wait for a set of
+    cached tokens. While experts are waited for, the disk is not theirs alone: of what streams, as much as waits are of
+    the time is read then, and delays them. And nothing is quicker than its reads.
     """
     byte_s, learnt = profile.corrected("disk") / profile.disk.bytes_s, profile.corrected("compute")
     read_s = streamed_bytes(shape, sizes) * byte_s
     multiply_s = _multiply(shape, profile, sizes, n_tokens, batch_size) * learnt
-    expert_s = _multiply_experts(shape, profile, sizes, n_tokens, batch_size) * learnt
+    expert_s = _multiply_experts(shape, profile, sizes, n_tokens, batch_size, curve) * learnt
     attend_s = _attend(shape, profile, n_tokens, n_cached) * learnt
-    overhead_s = _overhead(shape, profile, sizes, n_tokens, batch_size) * learnt
+    retrieved = shape.kv if n_tokens == 1 else None
+    choose_s = retrieved.choose_s(n_cached) if retrieved else 0.0
+    overhead_s = (_overhead(shape, profile, sizes, n_tokens, batch_size) + choose_s) * learnt
     compute_s = multiply_s + attend_s + overhead_s
     expert_read_s = missed_expert_bytes(shape, sizes, n_tokens, curve) * byte_s \
         + _expert_waits(shape, sizes, n_tokens, curve) * profile.disk.latency_s * profile.corrected("disk")
     rows_s = _rows(sizes, n_tokens) * profile.disk.latency_s * profile.corrected("disk")
-    total_s = rows_s + max(read_s, compute_s) + (1 - overlap(shape, sizes)) * min(read_s, compute_s) \
-        + _experts(shape, profile, hit_rate(shape, sizes, n_tokens, curve), n_tokens, expert_s, expert_read_s,
-                   compute_s * shape.foresees)
+    experts_s = _experts(shape, profile, hit_rate(shape, sizes, n_tokens, curve), n_tokens, expert_s, expert_read_s,
+                         compute_s * shape.foresees)
+    waits_s = max(0.0, experts_s - expert_s)
+    delay_s = read_s * waits_s / (compute_s + experts_s) if waits_s else 0.0
+    beside_s = read_s - delay_s
+    total_s = rows_s + max(beside_s, compute_s) + (1 - overlap(shape, sizes)) * min(beside_s, compute_s) + experts_s \
+        + delay_s
     all_read_s = rows_s + read_s + expert_read_s
+    total_s = max(total_s, all_read_s)
+    if retrieved:
+        total_s += retrieved.wait_s(n_cached, shape.kv_bytes_per_token, profile.disk, total_s) * profile.corrected("disk")
     limit = _limit(shape, profile, all_read_s, compute_s + expert_s, multiply_s + expert_s, n_tokens)
     return Prediction(all_read_s, multiply_s + expert_s, attend_s, overhead_s, total_s, limit)
 
@@ -220,19 +233,24 @@ def _multiply(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens:
     return total_s * (_PART_COST.get(sizes.part_tokens, 1.0) if in_parts else 1.0)
 
 
-def _multiply_experts(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int,
-                      batch_size: int) -> float:
-    """Those that are used, each by its share of the batch's tokens; and for more than one token, what they move."""
+def _multiply_experts(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int, batch_size: int,
+                      curve: HitCurve = HIT_CURVE) -> float:
+    """Those that a batch asks for, each by its share of the tokens; and for more than one token, what they move."""
     if not shape.n_experts:
         return 0.0
     phase: Phase = "decode" if n_tokens <= 4 else "prefill"
-    share, total_s = shape.n_experts_used / shape.n_experts, 0.0
-    for type_id, n_bytes in shape.expert_bytes.items():
+    used, total_s = shape.n_experts_used / shape.n_experts, 0.0
+    for n, (type_id, n_bytes) in product(_batches(n_tokens, batch_size), shape.expert_bytes.items()):
         layout: Layout = "experts" if sizes.layout(type_id, phase) == "plain" else "repack"
-        total_s += sum(profile.multiply(type_id, layout, n_bytes * min(1.0, n * share), max(1.0, n * share))
-                       for n in _batches(n_tokens, batch_size))
-    moved_bytes = (n_tokens > 1) * n_tokens * shape.n_layers * shape.kept_bytes_per_token * _EXPERT_MOVES
-    return total_s + moved_bytes / profile.memory_bytes_s
+        asked = asked_share(used, n, curve)
+        total_s += profile.multiply(type_id, layout, n_bytes * asked, n * used / asked)
+    n_values = (n_tokens > 1) * n_tokens * shape.n_experts_used * shape.n_layers * shape.hidden_size
+    return _expert_layers(shape, n_tokens) * (total_s + n_values * _EXPERT_VALUE_S / profile.n_threads)
+
+
+def _expert_layers(shape: ModelShape, n_tokens: int) -> float:
+    """The share of the layers whose experts a pass needs: of a prompt, the last layer's are for its last token alone."""
+    return 1.0 if n_tokens == 1 else 1 - 1 / shape.n_layers
 
 
 def _batches(n_tokens: int, batch_size: int) -> list[int]:
@@ -261,17 +279,18 @@ def _attend(shape: ModelShape, profile: DeviceProfile, n_tokens: int, n_cached: 
 
 def _overhead(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: int, batch_size: int) -> float:
     """What the pass of one token takes beyond its products, as it was rehearsed; else layers * 24 small operations and,
-    where blocks come one by one, 2 blocks a layer of Python's time. Small operations cost a batch hardly more."""
+    where blocks come one by one, 2 blocks a layer of Python's time. More tokens add what each value takes."""
     rehearsal, streams = profile.rehearsals.get(shape.key), sizes.weights == "streamed"
     n_batches = -(-n_tokens // batch_size)
+    values_s = (n_tokens - 1) * shape.n_layers * shape.hidden_size * _VALUE_S / profile.n_threads
     if rehearsal is None:
         blocks_s = (shape.n_layers * _BLOCKS_PER_LAYER + 1) * _BLOCK_S * streams
-        return n_batches * (shape.n_layers * _OPS_PER_LAYER * _OP_S + blocks_s)
+        return n_batches * (shape.n_layers * _OPS_PER_LAYER * _OP_S + blocks_s) + values_s
     plain = replace(sizes, repacked={})
     products_s = _multiply(shape, profile, plain, 1, 1) + _multiply_experts(shape, profile, plain, 1, 1)
     beyond_s = (rehearsal.blocks_s if streams else rehearsal.fused_s) - products_s
     # A rehearsal can be quicker than the products alone were measured to be: that is right for one token, not for more.
-    return n_batches * (beyond_s if n_tokens == 1 else max(0.0, beyond_s))
+    return n_batches * (beyond_s if n_tokens == 1 else max(0.0, beyond_s)) + values_s
 
 
 def _limit(shape: ModelShape, profile: DeviceProfile, read_s: float, compute_s: float, multiply_s: float,

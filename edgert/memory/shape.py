@@ -31,6 +31,7 @@ class ModelShape:
     n_kv_heads: int
     head_dim: int
     kv_bytes_per_token: int
+    hidden_size: int = 0
     hidden_bytes_per_token: int = 0  # where a whole prompt passes layer by layer, each token's state waits
     n_experts: int = 0
     n_experts_used: int = 0

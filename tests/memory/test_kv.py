@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shapes import profile, shape
@@ -12,6 +13,7 @@ from shapes import profile, shape
 from edgert.memory.kv import KVSizes
 from edgert.memory.model import Sizes as WeightSizes
 from edgert.memory.model import kv_bytes, predict, token_bytes
+from edgert.memory.profile import DiskSpeed
 
 DISK = KVSizes("disk", budget=512, from_tokens=2048, fixed_bytes=10_000_000, selector_bytes_per_token=256,
                layer_bytes_per_token=2048, passing_bytes_per_token=40_960, passing_tokens=1024, block_bytes=500_000)
@@ -48,3 +50,28 @@ def test_the_models_terms_are_those_of_the_cache() -> None:
     short, far = (predict(long, profile(), resident, 1, n).attend_s for n in (2000, 30_000))
     assert far < short, "a step attends to a set"
     assert predict(long, profile(), resident, 1, 2000).attend_s == predict(dense, profile(), resident, 1, 2000).attend_s
+
+
+def test_choosing_a_set_takes_longer_the_longer_the_text_and_the_larger_the_set() -> None:
+    assert DISK.choose_s(2048) == 0
+    assert DISK.choose_s(10_000) == pytest.approx(2.2e-3 + 10_000 * 1.2e-7 + 512 * 1.8e-6)
+    assert replace(DISK, budget=128).choose_s(10_000) < DISK.choose_s(10_000) < DISK.choose_s(20_000)
+
+
+def test_a_set_is_fetched_beside_half_of_a_step_and_what_lasts_longer_is_waited_for() -> None:
+    quick, slow, thin = DiskSpeed(1e9, 1e-4), DiskSpeed(1e9, 4e-3), DiskSpeed(1e6, 1e-4)
+    assert replace(DISK, tier="memory").wait_s(10_000, 20_000, slow, 0.01) == DISK.wait_s(2048, 20_000, slow, 0.01) == 0
+    assert DISK.wait_s(10_000, 20_000, quick, 0.01) == quick.latency_s
+    n_reads = 0.03 * 512
+    assert DISK.wait_s(10_000, 20_000, slow, 0.01) == pytest.approx(n_reads * 1e-3 - 0.005 + 4e-3)
+    assert DISK.wait_s(10_000, 20_000, thin, 0.01) == pytest.approx(n_reads * 0.02 - 0.005 + 1e-4)
+
+
+def test_a_step_over_a_set_is_predicted_with_what_choosing_and_fetching_it_take() -> None:
+    with_set, sizes = replace(DISK, tier="disk"), WeightSizes("resident")
+    dense, sparse = (predict(shape(kv=kv), profile(), sizes, 1, 512 if kv is None else 10_000)
+                     for kv in (None, with_set))
+    added_s = with_set.choose_s(10_000) + with_set.wait_s(10_000, DENSE, profile().disk, 1.0)
+    assert sparse.total_s == pytest.approx(dense.total_s + added_s)
+    prompt = predict(shape(kv=with_set), profile(), sizes, 600, 10_000)
+    assert prompt == predict(shape(kv=replace(with_set, from_tokens=20_000)), profile(), sizes, 600, 10_000)

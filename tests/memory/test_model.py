@@ -47,9 +47,12 @@ def test_a_text_asks_for_more_experts_the_less_its_tokens_repeat_them() -> None:
 def test_experts_of_a_prompt_compute_as_they_are_read_with_kernels_of_their_own() -> None:
     sizes, table = Sizes("streamed", 225 * MIB, 0, pool_slots=512 // 4), {1: 1e-10, 8: 6e-10, 128: 8e-9}
     device = replace(profile(), multiply_s={**profile().multiply_s, "2/experts": table})
-    read_s = asked_share(4 / 32, 512) * 736 * MIB / 1e9
-    slow, fast = (predict(moe_shape(expert_bytes={2: n_bytes}), device, sizes, 512) for n_bytes in (736 * MIB, 0))
-    products_s, moved_s = 736 * MIB * (6e-10 + (8e-9 - 6e-10) * 56 / 120), 512 * 16 * 40_000 * 8 / 2e10
+    slow, fast = (predict(moe_shape(expert_bytes={2: n_bytes}, hidden_size=2048), device, sizes, 512)
+                  for n_bytes in (736 * MIB, 0))
+    asked, layers = asked_share(4 / 32, 512), 15 / 16  # of the last layer, a prompt needs the last token's alone
+    each_s = 6e-10 + (8e-9 - 6e-10) * (512 * 4 / 32 / asked - 8) / 120
+    products_s, read_s = layers * asked * 736 * MIB * each_s, layers * asked * 736 * MIB / 1e9
+    moved_s = layers * 512 * 4 * 16 * 2048 * 12e-9
     assert slow.multiply_s - fast.multiply_s == pytest.approx(products_s)
     assert slow.total_s - fast.total_s == pytest.approx(products_s + moved_s - max(read_s, moved_s))
 
@@ -78,7 +81,7 @@ def test_experts_cost_what_is_missed() -> None:
     # A prompt reads each expert that it asks for once, and begins with none.
     asked = asked_share(4 / 32, 512)
     assert asked > 0.9
-    assert missed_expert_bytes(moe_shape(), sizes, 512) == pytest.approx(asked * 736 * MIB)
+    assert missed_expert_bytes(moe_shape(), sizes, 512) == pytest.approx(15 / 16 * asked * 736 * MIB)
     assert missed_expert_bytes(moe_shape(), Sizes("resident"), 1) == 0
     assert missed_expert_bytes(shape(), STREAMED, 1) == 0
 
@@ -160,6 +163,19 @@ def test_a_prompt_passes_in_batches() -> None:
     small, resident = (predict(shape(), profile(), sizes, 300, batch_size=128).multiply_s
                        for sizes in (replace(STREAMED, part_tokens=128), Sizes("resident")))
     assert (small, resident) == (pytest.approx(1.09 * products), pytest.approx(products))
+
+
+def test_each_value_of_a_prompt_takes_its_time() -> None:
+    none, some, threads = (predict(shape(hidden_size=size), replace(profile(), n_threads=n), STREAMED, 300)
+                           for size, n in ((0, 1), (2048, 1), (2048, 2)))
+    assert some.overhead_s - none.overhead_s == pytest.approx(299 * 16 * 2048 * 25e-9)
+    assert some.overhead_s - none.overhead_s == pytest.approx(2 * (threads.overhead_s - none.overhead_s))
+
+
+def test_nothing_is_quicker_than_its_reads() -> None:
+    sizes = Sizes("streamed", 125 * MIB, 60 * MIB, pool_slots=32)
+    found = predict(moe_shape(foresees=True), profile(3e8), sizes, 1)
+    assert found.limit == "disk" and found.total_s >= found.read_s
 
 
 @pytest.mark.parametrize(("disk_bytes_s", "speed", "limit"), [

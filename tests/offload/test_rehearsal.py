@@ -101,6 +101,11 @@ def test_what_would_take_too_much_is_not_rehearsed(tiny_model: TinyModel, monkey
     assert rehearse(path) is None
 
 
+def test_any_memory_that_is_left_will_do(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_MOST_RING_BYTES", 2**23)
+    assert rehearse(tiny_model("llama"), most_bytes=6 * 2**20 + 3) is not None
+
+
 def test_memory_is_given_back(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stages, make = [], rehearsal.Stage.__init__
 
