@@ -117,11 +117,18 @@ def streamed_bytes(shape: ModelShape, sizes: Sizes) -> int:
 
 def hit_rate(shape: ModelShape, sizes: Sizes, n_tokens: int,
              curve: HitCurve = HIT_CURVE) -> float:
-    """Share of a pass's experts that need not be read. One token: by recency. A prompt asks for each once, and begins
-    with none."""
+    """Share of a pass's experts that need not be read. A prompt asks for each once, and begins with none. One token: by
+    recency; where not even its own have room, (slots - used) / (layers * used - used) of what would be found if they
+    had, for a layer's need slots while they compute."""
     if sizes.weights == "resident" or not shape.n_experts:
         return 1.0
-    return expected_hit_rate(min(1.0, sizes.pool_slots / shape.n_slots), curve) if n_tokens == 1 else 0.0
+    if n_tokens > 1:
+        return 0.0
+    used, of_token = shape.n_experts_used, shape.n_layers * shape.n_experts_used
+    if sizes.pool_slots >= of_token:
+        return expected_hit_rate(min(1.0, sizes.pool_slots / shape.n_slots), curve)
+    kept = max(0, sizes.pool_slots - used) / max(1, of_token - used)
+    return kept * expected_hit_rate(of_token / shape.n_slots, curve)
 
 
 def missed_expert_bytes(shape: ModelShape, sizes: Sizes, n_tokens: int,

@@ -10,6 +10,7 @@ from shapes import KEY, MIB, OVERHEADS, moe_shape, profile, shape
 from edgert.memory.hits import HIT_CURVE, asked_share, expected_hit_rate
 from edgert.memory.model import (
     Sizes,
+    hit_rate,
     kv_bytes,
     memory_bytes,
     missed_expert_bytes,
@@ -163,6 +164,15 @@ def test_a_prompt_passes_in_batches() -> None:
     small, resident = (predict(shape(), profile(), sizes, 300, batch_size=128).multiply_s
                        for sizes in (replace(STREAMED, part_tokens=128), Sizes("resident")))
     assert (small, resident) == (pytest.approx(1.09 * products), pytest.approx(products))
+
+
+def test_a_pool_that_holds_less_than_a_token_keeps_what_a_layer_does_not_use() -> None:
+    def hits(n_slots: int) -> float:
+        return hit_rate(moe_shape(), Sizes("streamed", pool_slots=n_slots), 1)
+
+    whole = expected_hit_rate(64 / 512)  # 16 layers of 4
+    assert [hits(n) for n in (3, 4, 34, 64)] == [0, 0, pytest.approx(whole / 2), whole]
+    assert hits(128) == expected_hit_rate(0.25)
 
 
 def test_each_value_of_a_prompt_takes_its_time() -> None:
