@@ -6,8 +6,9 @@
 Each case runs in a control group of the budget's size, from a cold page cache, with a calibration from before the grid
 that no answer corrects (of a model with experts, one answer shows how it chooses them). Right after a case, the same
 is predicted once more from figures of that minute: `now`. Its error is the model's own; what lies between the two
-predictions is how far the machine has drifted since the calibration. Cases that the planner refuses are named and left
-out. Peak memory is the larger of the process's and the group's.
+predictions is how far the machine has drifted since the calibration. A case beside which other programs computed says
+so: its speed tells nothing. Cases that the planner refuses are named and left out. Peak memory is the larger of the
+process's and the group's.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _GRIDS = ((400 * _MIB, _SMALL), (1400 * _MIB, _MEDIUM), (3000 * _MIB, _LARGE), (
 _BOUNDS = {"speed_error": 0.2, "speed_error_now": 0.2, "drift": 0.2, "memory_error": 0.05}
 _EDGERT = [sys.executable, "-c", "import sys; from apps.cli.main import main; sys.exit(main())"]
 _MOST_PLAN_S, _MOST_CALIBRATION_S = 3.0, 10.0
+_QUIET_SHARE = 0.05  # of the processors' time; a case with which others computed more says nothing of speed
 
 
 def grid(models: Sequence[Path]) -> Iterator[Case]:
@@ -83,10 +85,11 @@ def measure(cases: Sequence[Case], homes: Mapping[int, Path]) -> list[dict[str, 
 def _line(found: Mapping[str, Any]) -> str:
     hits = f"; experts found {found['hit_rate']:.0%}, pred. {found['predicted_hit_rate']:.0%}" \
         if found["sizes"]["pool_slots"] else ""
+    others = f"; others took {found['others_share']:.0%}" if found["others_share"] > _QUIET_SHARE else ""
     return (f"{found['case']:<42} {found['tok_s']:7.2f} {found['predicted_tok_s']:7.2f} {found['speed_error']:+6.0%} "
             f"{found['speed_error_now']:+6.0%} {found['drift']:+6.0%}  "
             f"{found['peak_bytes'] >> 20:5} {found['predicted_peak_bytes'] >> 20:5} {found['memory_error']:+6.1%}  "
-            f"{found['prefill_s']:6.1f}s {found['predicted_prefill_s']:5.1f}s  {found['limit']}{hits}")
+            f"{found['prefill_s']:6.1f}s {found['predicted_prefill_s']:5.1f}s  {found['limit']}{hits}{others}")
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> None:
@@ -94,6 +97,8 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> None:
         errors = [abs(result[what]) for result in results]
         print(f"{what}: median {statistics.median(errors):.1%}, worst {max(errors):.1%}, "
               f"{sum(error <= bound for error in errors)} of {len(errors)} within {bound:.0%}")
+    n_disturbed = sum(result["others_share"] > _QUIET_SHARE for result in results)
+    print(f"others computed beside {n_disturbed} of {len(results)} cases")
 
 
 def scatter(path: Path, results: Sequence[Mapping[str, Any]]) -> None:

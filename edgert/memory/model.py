@@ -192,7 +192,8 @@ def predict(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: i
     all_read_s = rows_s + read_s + expert_read_s
     total_s = max(total_s, all_read_s)
     if retrieved:
-        total_s += retrieved.wait_s(n_cached, shape.kv_bytes_per_token, profile.disk, total_s) * profile.corrected("disk")
+        wait_s = retrieved.wait_s(n_cached, shape.kv_bytes_per_token, profile.disk, total_s)
+        total_s += wait_s * profile.corrected("disk")
     limit = _limit(shape, profile, all_read_s, compute_s + expert_s, multiply_s + expert_s, n_tokens)
     return Prediction(all_read_s, multiply_s + expert_s, attend_s, overhead_s, total_s, limit)
 
@@ -256,7 +257,7 @@ def _multiply_experts(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n
 
 
 def _expert_layers(shape: ModelShape, n_tokens: int) -> float:
-    """The share of the layers whose experts a pass needs: of a prompt, the last layer's are for its last token alone."""
+    """The share of the layers whose experts a pass needs: of a prompt, the last layer's are for one token alone."""
     return 1.0 if n_tokens == 1 else 1 - 1 / shape.n_layers
 
 

@@ -101,6 +101,20 @@ def test_what_would_take_too_much_is_not_rehearsed(tiny_model: TinyModel, monkey
     assert rehearse(path) is None
 
 
+def test_a_disturbed_rehearsal_is_repeated_a_few_times(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgert.neighbours._MOST_SHARE", -1.0)
+    seconds, counts = iter([0.03, 0.02, 0.04, 0.01]), []
+    with Planning(ModelFile.open(tiny_model("llama")), Paths.of_user(), EngineOptions(2**30, 512),
+                  MemoryProbe()) as planning:
+        for _ in range(4):
+            now = next(seconds)
+            monkeypatch.setattr(rehearsal, "_typical", lambda run, now=now: now)
+            planning.profile = planning.rehearsed(planning.profile)
+            found = planning.profile.rehearsals[planning.demand.shape.key]
+            counts.append((found.n_disturbed, found.fused_s, planning.is_rehearsed))
+    assert counts == [(1, 0.03, False), (2, 0.02, False), (3, 0.02, True), (3, 0.02, True)]
+
+
 def test_any_memory_that_is_left_will_do(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "_MOST_RING_BYTES", 2**23)
     assert rehearse(tiny_model("llama"), most_bytes=6 * 2**20 + 3) is not None
