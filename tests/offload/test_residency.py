@@ -86,6 +86,15 @@ def test_what_stays_when_memory_is_wanted_is_what_would_have_been_chosen_for_it(
     assert small(pieces) <= chosen.pinned_bytes <= more[-1]
 
 
+def test_memory_that_grows_by_less_than_a_block_goes_to_the_head_first() -> None:
+    pieces = layers(28, [MIB, MIB, 7 * MIB, 7 * MIB, 7 * MIB])
+    head = [piece(Block("output", part=part), "output.weight", residency.MAX_PIECE_BYTES)
+            for part in range(182 * MIB // residency.MAX_PIECE_BYTES)]
+    rooms = [small(pieces) + (12 + 8 * stage) * MIB for stage in range(8)]
+    chosen = choose([*pieces, *head], rooms[-1], 64 * MIB, rooms[:-1])
+    assert total([p for p in chosen.keep if p.block.kind == "output"]) > rooms[-1] / 2
+
+
 @fuzzed
 @given(models(), st.integers(0, 64))
 def test_a_window_that_is_there_is_not_spared_for_once_more(pieces: list[Piece], window_mib: int) -> None:
