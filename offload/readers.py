@@ -9,7 +9,8 @@ import ctypes
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from edgert.errors import ComputeError
@@ -100,7 +101,8 @@ class Readers:
     def __init__(self, n_threads: int = 4) -> None:
         self._queue: queue.SimpleQueue[tuple[Read, int, int] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._is_closing = False
+        self._is_closing, self._may_begin = False, threading.Event()
+        self._may_begin.set()
         self._memory: object = None
         self._request_bytes = CHUNK_BYTES
         self.bytes_read = 0
@@ -116,6 +118,15 @@ class Readers:
         read.n_chunks_left = len(starts)
         for start in starts:
             self._queue.put((read, start, min(CHUNK_BYTES, read.n_bytes - start)))
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """No request begins meanwhile: who reads little, and waits for it, finds the disk idle."""
+        self._may_begin.clear()
+        try:
+            yield
+        finally:
+            self._may_begin.set()
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -138,6 +149,7 @@ class Readers:
         """Read a chunk, in several requests if the disk is slow. Bytes read: fewer once nobody wants them."""
         n_read = 0
         while n_read < n_bytes:
+            self._may_begin.wait()
             read.abandoned |= self._is_closing
             if read.is_useless:
                 break

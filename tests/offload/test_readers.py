@@ -288,3 +288,15 @@ def test_everybody_who_waits_for_a_latch_goes_on_when_it_is_set() -> None:
         thread.join(60.0)
     assert went_on == [True, True, True]
     assert latch.wait(0.0)
+
+
+def test_reads_that_are_held_back_begin_afterwards(file: DirectFile, arena: Arena,
+                                                   open_readers: Callable[[int], Readers]) -> None:
+    readers, others = open_readers(2), open_readers(1)
+    held, first = (Read(file, 0, PIECE_BYTES, arena.base + n * PIECE_BYTES) for n in range(2))
+    with readers.held_back():
+        readers.submit(held)
+        others.submit(first)
+        first.wait(lambda: False)
+        assert not held.done.wait(0.03)
+    held.wait(lambda: False)

@@ -4,6 +4,7 @@ must. Faults are in test_window_faults.py."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tiny_architectures import ARCHITECTURES
 
 from edgert.architectures.base import Block
 from offload import residency
+from offload.readers import Readers
 
 TinyModel = Callable[..., Path]
 # Two batches, then single tokens, then a batch that is a prompt's next part.
@@ -139,6 +141,22 @@ def test_rows_of_recent_tokens_are_not_read_again(tiny_model: TinyModel) -> None
         assert weights.embedding.bytes_read == n_bytes
         engine.step(np.array([8], np.int32))
         assert weights.embedding.bytes_read > n_bytes
+
+
+def test_blocks_are_held_back_for_the_rows_of_a_prompt(tiny_model: TinyModel,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    n_held, held_back = list[int](), Readers.held_back
+
+    def counted(readers: Readers) -> AbstractContextManager[None]:
+        n_held.append(1)
+        return held_back(readers)
+
+    monkeypatch.setattr(Readers, "held_back", counted)
+    with open_streaming(tiny_model("llama")) as engine:
+        engine.step(np.array(random_tokens(40), np.int32))
+        assert len(n_held) == 1
+        engine.step(np.array([1], np.int32))  # a token's row may wait: blocks are what it waits for
+        assert len(n_held) == 1
 
 
 def test_rows_that_are_forgotten_are_read_again(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
