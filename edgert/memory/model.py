@@ -183,7 +183,7 @@ def predict(shape: ModelShape, profile: DeviceProfile, sizes: Sizes, n_tokens: i
         + _expert_waits(shape, sizes, n_tokens, curve) * profile.disk.latency_s * profile.corrected("disk")
     rows_s = _rows(sizes, n_tokens) * profile.disk.latency_s * profile.corrected("disk")
     experts_s = _experts(shape, profile, hit_rate(shape, sizes, n_tokens, curve), n_tokens, expert_s, expert_read_s,
-                         compute_s * shape.foresees)
+                         max(0.0, compute_s - read_s) * shape.foresees)
     waits_s = max(0.0, experts_s - expert_s)
     delay_s = read_s * waits_s / (compute_s + experts_s) if waits_s else 0.0
     beside_s = read_s - delay_s
@@ -206,7 +206,8 @@ def _rows(sizes: Sizes, n_tokens: int) -> int:
 def _experts(shape: ModelShape, profile: DeviceProfile, hits: float, n_tokens: int, expert_s: float, read_s: float,
              before_s: float) -> float:
     """Seconds that experts add, which nobody knows before their layer: those that are here compute while the others are
-    read, as does what comes before them (`before_s`) where they are known earlier; then the others compute.
+    read, as does what comes before them where they are known earlier (`before_s`: as long as the disk reads no blocks
+    meanwhile); then the others compute.
 
     max(0, reading - before, hits * products) + (1 - hits) * products. For one token of a model that was rehearsed:
     products + what as many misses added, layers * used * (1 - hits), linear between the numbers that were tried. For a

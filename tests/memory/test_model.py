@@ -104,6 +104,13 @@ def test_experts_that_are_known_before_attention_are_read_while_it_computes() ->
     assert early.total_s == pytest.approx(late.total_s - before_s)
 
 
+@pytest.mark.parametrize("pinned_mib", [25, 125, 205])
+def test_experts_are_not_read_while_the_disk_reads_blocks(pinned_mib: int) -> None:
+    sizes = Sizes("streamed", pinned_mib * MIB, 94 * MIB, pool_slots=512 // 8)
+    found = predict(moe_shape(foresees=True), profile(1e9), sizes, 1)
+    assert found.total_s >= found.read_s > 0
+
+
 def test_what_was_rehearsed_takes_the_place_of_parts() -> None:
     rehearsal = Rehearsal(0.12, 0.15, {0: 0.0, 255: 0.02, 1023: 0.05})
     device = replace(profile(), rehearsals={KEY: rehearsal})
