@@ -36,12 +36,13 @@ from longcontext_results import Cell, Journal, Outcome, Place, settings_of
 from longcontext_selectors import Chance, Full, OneSet, Oracle, Ours, Quest, Reuse, SnapKV, Streaming
 from numpy.typing import NDArray
 
+from edgert.architectures.registry import open_architecture
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.text.tokenizer import Tokenizer
 from retrieval.choosing import observed_layers
 from retrieval.distillation.text import Document
-from retrieval.head import Head
+from retrieval.head import Head, find_head, open_head
 from retrieval.selection import Policy
 
 _METHODS = ("full", "oracle", "ours", "untrained", "head", "quest", "snapkv", "streaming", "reuse", "chance")
@@ -152,8 +153,8 @@ def main() -> None:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special=False, parse_special=False)
 
-    model = SparseModel(file, args.context + 64, args.threads)
-    head = _head(args.head, file, model)
+    head = _head(args.head, file)
+    model = SparseModel(file, args.context + 64, args.threads, head.feature_layers if head else ())
     journal = Journal(args.json, settings_of(model=file.fingerprint(), context=args.context,
                                              head=zlib.crc32(head.card.to_json().encode()) if head else None,
                                              text=str(args.text or "")))
@@ -174,10 +175,9 @@ def main() -> None:
     model.close()
 
 
-def _head(path: Path | None, file: ModelFile, model: SparseModel) -> Head | None:
-    from retrieval.head import find_head, open_head
-
-    head = open_head(path, file, model.arch.hp) if path else find_head(file, model.arch.hp)
+def _head(path: Path | None, file: ModelFile) -> Head | None:
+    hp = open_architecture(file).hp
+    head = open_head(path, file, hp) if path else find_head(file, hp)
     if head is None:
         print("no head for this model: `ours` and `head` are left out", file=sys.stderr)
     return head

@@ -66,8 +66,8 @@ class Selector(Protocol):
 class SparseModel:
     """A model file opened for comparisons. Memory: weights, and K and V of `max_tokens` twice as float32."""
 
-    def __init__(self, file: ModelFile, max_tokens: int, n_threads: int) -> None:
-        self._teacher = Teacher(file, max_tokens, n_threads)
+    def __init__(self, file: ModelFile, max_tokens: int, n_threads: int, feature_layers: Sequence[int] = ()) -> None:
+        self._teacher = Teacher(file, max_tokens, n_threads, feature_layers)
         self.arch, self._max_tokens = self._teacher.arch, max_tokens
         if self.arch.hp.window_layers:
             raise SystemExit("models with sliding windows are not compared here")

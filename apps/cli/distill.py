@@ -34,6 +34,8 @@ def add_subcommand(subparsers: argparse._SubParsersAction[Any]) -> None:
                         help="capture exactly N sequences, however long it takes")
     parser.add_argument("--epochs", type=whole, default=12, metavar="N", help="passes over the sequences, at most (12)")
     parser.add_argument("--dim", type=whole, default=64, metavar="N", help="values of a query and a key (64)")
+    parser.add_argument("--feature-layers", type=int, nargs="+", default=[], metavar="N",
+                        help="layers whose output the head sees (early, a third and two thirds on the way)")
     parser.add_argument("--seed", type=int, default=7, metavar="N")
     parser.add_argument("--threads", type=whole, default=None, metavar="N")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the head there instead of among edgert's files")
@@ -67,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     name, start_s = f"{path.stem}-{model.fingerprint()[:8]}", time.monotonic()
     options = Options(args.minutes, args.work or paths.cache / "distill" / f"{name}-{args.seed}",
                       args.out or paths.heads / name, args.text, args.threads or usable_cores(), args.examples,
-                      Recipe(dim=args.dim, n_epochs=args.epochs, seed=args.seed))
+                      Recipe(dim=args.dim, n_epochs=args.epochs, seed=args.seed),
+                      feature_layers=tuple(args.feature_layers))
     load_libraries()
     with Tokenizer.open(path) as tokenizer:
         def encode(text: str) -> list[int]:

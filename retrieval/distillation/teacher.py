@@ -29,9 +29,10 @@ _BATCH_TOKENS = 512  # as the engine's own: other batches round otherwise
 
 
 def feature_layers_of(n_layers: int) -> tuple[int, ...]:
-    """The layers whose residual stream a head sees: early, in the middle, and the last but one."""
+    """The layers whose residual stream a head sees: early, a third and two thirds on the way. Behind the last of them
+    the next step's set is chosen, and its rows are read while the layers after it compute."""
     last = n_layers - 2  # after the last layer, only tokens whose logits are wanted are left
-    return tuple(sorted({min(layer, last) for layer in (2, n_layers // 2, last) if last >= 0}))
+    return tuple(sorted({min(layer, last) for layer in (2, 3 * n_layers // 8, 2 * n_layers // 3) if last >= 0}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,10 @@ class Pass:
 class Teacher:
     """A model opened to be watched, with a context of its own. Holds the weights and the KV of `max_tokens`."""
 
-    def __init__(self, model: ModelFile, max_tokens: int, n_threads: int) -> None:
+    def __init__(self, model: ModelFile, max_tokens: int, n_threads: int, layers: Sequence[int] = ()) -> None:
+        """`layers`, rising, are those whose residual streams are features; without any, feature_layers_of the model."""
         self.arch = open_architecture(model)
-        self.layers = feature_layers_of(self.arch.hp.n_layers)
+        self.layers = tuple(layers) or feature_layers_of(self.arch.hp.n_layers)
         self.backend = Backend(n_threads)
         self._kv = DenseKVCache(self.backend, self.arch.hp, max_tokens)
         self.weights = TeacherWeights(self.backend, model, self.arch)

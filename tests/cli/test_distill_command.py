@@ -44,7 +44,8 @@ def test_the_head_is_found_by_the_model_that_it_was_made_from(model: Path, tmp_p
 
 
 @pytest.mark.parametrize(("words", "problem"), [
-    (["--text", "/nowhere"], "no directory"), (["--minutes", "0"], "minutes"), (["--minutes", "nan"], "minutes")])
+    (["--text", "/nowhere"], "no directory"), (["--feature-layers", "1", "2"], "cannot see the layers [1, 2]"),
+    (["--minutes", "0"], "minutes"), (["--minutes", "nan"], "minutes")])
 def test_what_makes_no_sense_is_refused(model: Path, words: list[str], problem: str,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", str(model), *words]) == 2

@@ -128,8 +128,8 @@ class _Sink:
 def test_a_head_is_distilled_and_stopping_in_the_middle_changes_nothing(model: ModelFile, tmp_path: Path) -> None:
     lines = list[str]()
 
-    def options(name: str, n_epochs: int) -> Options:
-        return Options(10, tmp_path / "work", tmp_path / name, [_texts_once(tmp_path)], n_examples=3, n_held_out=2,
+    def options(name: str, n_epochs: int, minutes: float = 10) -> Options:
+        return Options(minutes, tmp_path / "work", tmp_path / name, [_texts_once(tmp_path)], n_examples=3, n_held_out=2,
                        n_tokens=384, recipe=Recipe(dim=16, n_epochs=n_epochs, patience=9))
 
     card = distil(model, _encode, options("whole", 3), lines.append)
@@ -141,13 +141,34 @@ def test_a_head_is_distilled_and_stopping_in_the_middle_changes_nothing(model: M
     whole = (tmp_path / "whole" / PROJECT).read_bytes()
 
     again = list[str]()
-    (tmp_path / "work" / "train-00001.npz").unlink()  # as if stopped before it was captured
-    (tmp_path / "work" / "training.checkpoint").unlink()
+    work = next((tmp_path / "work").iterdir())
+    (work / "train-00001.npz").unlink()  # as if stopped before it was captured
+    (work / "training.checkpoint").unlink()
     distil(model, _encode, options("again", 3), again.append)
     assert sum(line.startswith("captured") for line in again) == 1
     assert (tmp_path / "again" / PROJECT).read_bytes() == whole
-    distil(model, _encode, options("resumed", 3), again.append)
+    (work / "training.checkpoint").unlink()
+    for _ in range(3):  # the time is over after each epoch
+        distil(model, _encode, options("resumed", 3, minutes=0), again.append)
+    assert sum(line.startswith("epoch") for line in again) == 6
     assert (tmp_path / "resumed" / PROJECT).read_bytes() == whole and (tmp_path / "resumed" / CARD).exists()
+
+
+def test_a_head_sees_the_layers_that_it_was_asked_to_see(model: ModelFile, tmp_path: Path) -> None:
+    """One after the other in the same work directory: what was captured for a head is not taken for the next."""
+    for layers in ((0, 1), (0, 2)):
+        options = Options(10, tmp_path / "work", tmp_path / "out", [_texts_once(tmp_path)], n_examples=2, n_held_out=1,
+                          n_tokens=384, recipe=Recipe(dim=16, n_epochs=1), feature_layers=layers)
+        lines = list[str]()
+        assert distil(model, _encode, options, lines.append).feature_layers == layers
+        assert sum(line.startswith("captured") for line in lines) == 3
+        assert open_head(tmp_path / "out", model, open_architecture(model).hp).feature_layers == layers
+
+
+@pytest.mark.parametrize("layers", [(2, 1), (1, 1), (-1,), (3,), (0, 3)])
+def test_layers_that_no_head_can_see_are_refused(model: ModelFile, tmp_path: Path, layers: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="cannot see"):
+        distil(model, _encode, Options(1, tmp_path, tmp_path, feature_layers=layers), lambda _: None)
 
 
 def _texts_once(tmp_path: Path) -> Path:
