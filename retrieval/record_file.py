@@ -1,11 +1,13 @@
 """Records in a file, one for each token in order, past the page cache where the system lets us.
 
 A checksum for each record is kept in memory (and on disk by retrieval/sessions.py): what is read is what was written,
-or an error. A token's record is one read; neighbours are one request. Knows no layers and no selection.
+or an error. A token's record is one read; neighbours are one request, and where the disk takes many requests in one
+call, a step's go there together. Knows no layers and no selection.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -13,6 +15,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,12 +24,15 @@ from numpy.typing import NDArray
 
 from edgert.errors import KVStoreError, NoSpace
 from edgert.uncached_file import METHODS, Method, UncachedFile
+from retrieval.batched_reads import MAX_READS, BatchedReads
 
 Positions = NDArray[np.int64]
 Checksums = NDArray[np.uint32]
 # Buffers of one request: Linux takes 1024, and a run that long is no random access.
 _MAX_RUN = 256
 _SECTOR_BYTES = 512
+N_READERS = 4
+"""Threads that may read batches at the same time."""
 _log = logging.getLogger(__name__)
 
 
@@ -43,11 +49,20 @@ class RecordFile:
                                       methods=methods)
         except OSError as error:
             raise KVStoreError(str(path), f"cannot be opened: {error.strerror}", "Name another --kv-store.") from error
-        _log.info("%s is read by %s", path, self.method)
+        self._batches: BatchedReads | None = None
+        if self.method == "direct":
+            with suppress(OSError):  # not on this system, or all are taken
+                self._batches = BatchedReads(self._file.fd, N_READERS)
+        _log.info("%s is read by %s%s", path, self.method, ", in batches" if self.reads_batches else "")
 
     @property
     def method(self) -> Method:
         return self._file.method
+
+    @property
+    def reads_batches(self) -> bool:
+        """Whether one thread keeps the disk as busy as several do."""
+        return self._batches is not None
 
     @classmethod
     def temporary(cls, directory: Path, stride_bytes: int, n_records: int) -> RecordFile:
@@ -93,14 +108,39 @@ class RecordFile:
     # -- reading -------------------------------------------------------------------------------------------------
     def read(self, positions: Positions, rows: Sequence[memoryview]) -> None:
         """The records at `positions` (rising) into `rows`, and each compared with its checksum. Raises KVStoreError."""
+        if self._batches is not None and len(positions) <= MAX_READS:
+            self._read_batch(self._batches, positions, rows)
+            return
         breaks = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
         for start, end in pairwise(breaks):
             for first in range(start, end, _MAX_RUN):
                 last = min(first + _MAX_RUN, end)
                 self._read_run(int(positions[first]), rows[first:last])
         for position, row in zip(positions.tolist(), rows, strict=True):
-            if checksum(row, position) != self.checksums[position]:
-                raise KVStoreError(str(self.path), f"the keys and values of token {position} are damaged")
+            self._check(position, row)
+
+    def _read_batch(self, batches: BatchedReads, positions: Positions, rows: Sequence[memoryview]) -> None:
+        """Each record is checked while others are still to come; the system makes one request of neighbours."""
+        addresses = np.array([ctypes.addressof(ctypes.c_char.from_buffer(row)) for row in rows], np.uint64)
+        try:
+            with closing(batches.read(addresses, self.stride_bytes, positions * self.stride_bytes)) as ended:
+                for index, n in ended:
+                    if n < 0:
+                        raise OSError(-n, os.strerror(-n))
+                    self._arrived(n, self.stride_bytes)
+                    self._check(int(positions[index]), rows[index])
+        except OSError as error:
+            raise KVStoreError(str(self.path), f"reading failed: {error.strerror}") from error
+        self.n_reads += n_runs(positions)
+
+    def _arrived(self, n_bytes: int, wanted_bytes: int) -> None:
+        if n_bytes != wanted_bytes:
+            raise KVStoreError(str(self.path), "the file has become shorter while it was in use")
+        self.read_bytes += n_bytes
+
+    def _check(self, position: int, row: memoryview) -> None:
+        if checksum(row, position) != self.checksums[position]:
+            raise KVStoreError(str(self.path), f"the keys and values of token {position} are damaged")
 
     def _read_run(self, start: int, rows: Sequence[memoryview]) -> None:
         offset, wanted = start * self.stride_bytes, len(rows) * self.stride_bytes
@@ -108,10 +148,8 @@ class RecordFile:
             n = self._file.read(rows, offset)
         except OSError as error:
             raise KVStoreError(str(self.path), f"reading failed: {error.strerror}") from error
-        if n != wanted:
-            raise KVStoreError(str(self.path), "the file has become shorter while it was in use")
+        self._arrived(n, wanted)
         self._file.forget(offset, wanted)
-        self.read_bytes += n
         self.n_reads += 1
 
     def sync(self) -> None:
@@ -122,6 +160,8 @@ class RecordFile:
             raise KVStoreError(str(self.path), f"writing failed: {error.strerror}") from error
 
     def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
         self._file.close()
 
 

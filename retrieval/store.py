@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from edgert.architectures.base import Hyperparameters
 from edgert.ggml.backend import Backend, Cancelled, CancelSwitch
-from retrieval.record_file import RecordFile, n_runs
+from retrieval.record_file import N_READERS, RecordFile, n_runs
 from retrieval.records import Records, RecordShape
 from retrieval.workers import Workers, wait_for
 
 Positions = NDArray[np.int64]
-# Random reads of 23 KiB on a disk of 2 GB/s: 92 of them take 7.2 ms by one thread, 3.8 by four, 3.4 by eight.
-_N_READERS = 4
+# Records that are worth a thread: random reads of 23 KiB on a disk of 2 GB/s, 92 of them, take 7.2 ms by one thread,
+# 3.8 by four, 3.4 by eight. Of batches two are enough, one of which is checked while the other is read.
+_LEAST_READS, _LEAST_BATCH = 4, 32
 N_WAITING = 32  # records that wait to be written; half of them at a time
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class DiskTier:
         self._cancel = backend.cancel
         self._parts: dict[RecordShape, _Part] = {}
         shapes = {"full": RecordShape.full(hp), "window": RecordShape.windowed(hp)}
-        self._workers = Workers(_N_READERS + 1, "kv-store")
+        self._workers = Workers(N_READERS + 1, "kv-store")
         try:
             for name, shape in shapes.items():
                 if shape.layers:
@@ -63,7 +64,8 @@ class DiskTier:
         for row, position in zip(rows[waits].tolist(), positions[waits].tolist(), strict=True):
             records.rows[row] = part.waiting.rows[position % N_WAITING]
         rows, positions = rows[~waits], positions[~waits]
-        n_parts = min(_N_READERS, -(-len(positions) // 4))
+        least = _LEAST_BATCH if part.file.reads_batches else _LEAST_READS
+        n_parts = min(N_READERS, -(-len(positions) // least))
         shares = list(zip(np.array_split(positions, n_parts), np.array_split(rows, n_parts), strict=True) if n_parts
                       else [])
         reads = [(self._workers.submit(partial(part.read, records, into, some)), len(some)) for some, into in shares]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from retrieving import answer, open_retrieving, random_tokens
 from edgert.errors import KVStoreError, NoSpace
 from edgert.ggml.backend import Backend
 from retrieval import record_file
+from retrieval.batched_reads import BatchedReads
 from retrieval.engine import RetrievalEngine
-from retrieval.record_file import RecordFile
+from retrieval.record_file import N_READERS, RecordFile
 from retrieval.records import Records, RecordShape
 from retrieval.selection import Policy
 
@@ -82,6 +85,29 @@ def test_a_flipped_bit_is_an_error(file: RecordFile, records: Records, bit: int)
         read(file, [19, 20], records)
 
 
+def test_after_a_batch_that_ends_early_the_next_ones_are_read(file: RecordFile, records: Records) -> None:
+    kept = records.rows.copy()
+    file.checksums[1] ^= 1
+    for _ in range(N_READERS + 1):
+        with pytest.raises(KVStoreError, match="token 1 "):
+            read(file, [*range(N)], records)
+    records.rows[:] = 0
+    read(file, [*range(2, N)], records)
+    assert np.array_equal(records.rows[:N - 2], kept[2:])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asynchronous reads are Linux's")
+def test_what_the_system_refuses_of_a_batch_is_an_error_of_its_own(tmp_path: Path, records: Records) -> None:
+    opened = RecordFile(tmp_path / "records", SHAPE.stride_bytes, N)
+    opened.write(0, memory(records))
+    if not opened.reads_batches:
+        pytest.skip("the file system reads through the page cache")
+    rows = np.zeros((2, SHAPE.stride_bytes + 1), np.uint8)
+    with pytest.raises(KVStoreError, match="reading failed"):
+        opened.read(np.array([3, 9]), [row[1:].data for row in rows])  # at no multiple of a sector
+    opened.close()
+
+
 def test_a_record_in_anothers_place_is_an_error(file: RecordFile, records: Records) -> None:
     file.checksums[8] = file.checksums[7]
     with pytest.raises(KVStoreError, match="token 8"):
@@ -125,43 +151,59 @@ def test_a_temporary_file_has_no_name(tmp_path: Path) -> None:
     with_no_name.close()
 
 
-def damaged_while_running(engine: RetrievalEngine, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Any], Any],
-                          n_times: int) -> None:
+def damaged_while_running(engine: RetrievalEngine, monkeypatch: pytest.MonkeyPatch,
+                          damage: Callable[[memoryview], int | None], n_times: int) -> None:
     """The next `n_times` reads of steps come back damaged."""
-    left, real = [n_times], os.preadv
+    left, real, real_batch = [n_times], os.preadv, BatchedReads.read
+
+    def damaged(memory: memoryview, n: int) -> int:
+        if left[0] <= 0:
+            return n
+        left[0] -= 1
+        return damage(memory) or n
 
     def preadv(fd: int, buffers: Any, offset: int, *flags: int) -> int:
-        n = real(fd, buffers, offset, *flags)
-        if left[0] > 0:
-            left[0] -= 1
-            return int(damage(buffers) or n)
-        return n
+        return damaged(buffers[0], real(fd, buffers, offset, *flags))
+
+    def read(self: BatchedReads, addresses: Any, n_bytes: int, offsets: Any) -> Iterator[tuple[int, int]]:
+        for index, n in real_batch(self, addresses, n_bytes, offsets):
+            row = (ctypes.c_uint8 * n_bytes).from_address(int(addresses[index]))
+            try:
+                yield index, damaged(memoryview(row).cast("B"), n)
+            except OSError as error:
+                yield index, -(error.errno or 0)
 
     monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(BatchedReads, "read", read)
 
 
-def flip(buffers: Any) -> None:
-    buffers[0][5] ^= 4
+def flip(memory: memoryview) -> None:
+    memory[5] ^= 4
 
 
-def cut(buffers: Any) -> int:
-    return len(buffers[0]) // 2
+def cut(memory: memoryview) -> int:
+    return len(memory) // 2
 
 
-def refuse(buffers: Any) -> int:
+def refuse(memory: memoryview) -> int:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
+@pytest.mark.parametrize("is_batched", [True, False])
 @pytest.mark.parametrize("damage", [flip, cut, refuse])
 def test_damage_while_an_answer_is_made_is_a_pause_after_which_it_goes_on(
-        tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Any], Any]) -> None:
+        tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        damage: Callable[[memoryview], int | None], is_batched: bool) -> None:
     path, policy, prompt = tiny_model("llama"), Policy(96, n_recent=16, least_mass=0.0), random_tokens(420)
     said, rest = [(7 * i + 3) % 250 for i in range(4)], [11, 12, 13, 14]
+    if not is_batched:
+        monkeypatch.setattr(BatchedReads, "__init__", lambda *_: refuse(memoryview(b"")))
     with open_retrieving(path, tmp_path, policy=policy) as engine:  # what is computed anew is a prompt
         engine.step(np.array([*prompt, *said], np.int32))
         expected = [engine.step(np.array([one], np.int32))[0].copy() for one in rest]
     with open_retrieving(path, tmp_path, policy=policy) as engine:
         answer(engine, prompt, len(said))
+        engine._retrieved._settle()
         damaged_while_running(engine, monkeypatch, damage, 1)
         after = [engine.step(np.array([one], np.int32))[0].copy() for one in rest]
         assert engine.kv.length == 428
