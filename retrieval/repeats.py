@@ -16,22 +16,24 @@ _GROWTH = 4.0  # a match one token longer counts so many times as much
 # What follows a match is looked at too, each token so much less: an answer's next tokens are there. One token alone is
 # met everywhere, and brings no more than the next.
 _N_AHEAD, _FADE = 8, 0.8
+_AHEAD = np.arange(_N_AHEAD + 1)
+_BY_LENGTH = _GROWTH ** np.arange(_MAX_LENGTH)[:, None] * _FADE ** _AHEAD
+_BY_LENGTH[0, 1:] = 0
+_BRINGS = np.cumsum(_BY_LENGTH, axis=0)  # (_MAX_LENGTH, _N_AHEAD + 1): a long match is all the shorter ones too
 
 
 def repeats(token_ids: NDArray[np.int32], token_id: int) -> Floats:
     """(n,) of n cached tokens' ids and that of the token that is read: how much each continues the text's end."""
     n = len(token_ids)
-    strength = np.zeros(n, np.float32)
-    at = np.flatnonzero(token_ids[:max(0, n - 1)] == token_id)  # where a match begins
-    for length in range(1, _MAX_LENGTH + 1):
-        for ahead in range(1 if length == 1 else _N_AHEAD + 1):
-            after = at + (length + ahead)
-            strength[after[after < n]] += np.float32(_GROWTH ** (length - 1) * _FADE ** ahead)
-        if length >= n:
-            break
-        at = at[at > 0] - 1
-        at = at[token_ids[at] == token_ids[n - length]]
-    return strength
+    ends = np.flatnonzero(token_ids[:max(0, n - 1)] == token_id)  # where a match ends
+    longer = np.zeros(len(ends), np.int64)  # than one token, by so many
+    going = np.arange(len(ends))
+    for before in range(1, min(_MAX_LENGTH, n)):
+        going = going[ends[going] >= before]
+        going = going[token_ids[ends[going] - before] == token_ids[n - before]]
+        longer[going] = before
+    after = ends[:, None] + 1 + _AHEAD
+    return np.bincount(after.ravel(), _BRINGS[longer].ravel(), n)[:n].astype(np.float32)
 
 
 def following(token_ids: NDArray[np.int32]) -> Floats:
