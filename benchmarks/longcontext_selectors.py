@@ -12,7 +12,7 @@ import numpy as np
 from longcontext_model import Floats, Positions, Selector, Snapshot
 
 from edgert.engine.retrieval_head import RetrievalHead
-from retrieval.repeats import repeats
+from retrieval.repeats import following, repeats
 from retrieval.selection import Policy, Survivors, select
 
 N_SINKS, N_RECENT = 4, 32
@@ -125,7 +125,7 @@ class Reuse(OneSet):
 class Ours(OneSet):
     """What retrieval/cache.py composes: the head, the attention that was observed on the set in the step before (in
     the same few layers, and on everything in the prompt's last step), and what follows earlier occurrences of the
-    text's end. Without a head, the two others."""
+    text's end; and exchanges as many as that does. Without a head, the two others."""
 
     def __init__(self, policy: Policy, head: RetrievalHead | None, observed: frozenset[int],
                  token_ids: Sequence[int]) -> None:
@@ -144,12 +144,17 @@ class Ours(OneSet):
             self.observe(layer, None, full_attention(snapshot, layer))
 
     def of_step(self, n_cached: int, token_features: Floats) -> Positions:
-        seen = np.append(self.sets[-1], n_cached - 1) if self.sets else np.arange(n_cached)
+        policy, ids, before = self._policy, self._ids[:n_cached], self.sets[-1] if self.sets else None
+        seen = np.arange(n_cached) if before is None else np.append(before, n_cached - 1)
         survivors = Survivors(seen, np.pad(self._attention, (0, len(seen) - len(self._attention))))
-        selection = select(self._scores(n_cached, token_features), survivors,
-                           repeats(self._ids[:n_cached], int(self._ids[n_cached])), self._policy)
-        self._attention = np.zeros(len(selection.positions), np.float32)
-        return selection.positions
+        scores, held = self._scores(n_cached, token_features), None
+        if before is not None:
+            held = select(scores, survivors, following(ids), policy, before, policy.n_exchanged_beside).positions
+            held = np.union1d(held, before)
+        repeated = repeats(ids, int(self._ids[n_cached]))
+        chosen = select(scores, survivors, repeated, policy, held, policy.n_exchanged_late).positions
+        self._attention = np.zeros(len(chosen), np.float32)
+        return chosen
 
     def _scores(self, n_cached: int, token_features: Floats) -> Floats:
         if self._head is None:

@@ -2,8 +2,9 @@
 
 Up to `from_tokens` it is a dense cache, with a dense cache's results. Beyond, `select` says which tokens the next step
 needs and `bring` has them in the hot buffer. What a step shows of its attention goes into the next set, which
-`look_ahead` foresees and begins to fetch before the step has ended: it depends on no layer beyond the last that is
-observed or gives features. What the sampled token itself repeats is added when that is known.
+`look_ahead` plans and begins to fetch before the step has ended: the plan depends on no layer beyond the last that is
+observed or gives features. By what the sampled token repeats only a few tokens are exchanged, for which the step waits.
+So a set depends on the text alone, and not on how fast a disk is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -64,16 +65,16 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Foreseen:
-    """What a step lets know of the one after it, which begins at token `start`: its survivors, the selector's scores,
-    and the `missing` positions of its likely set, which are being fetched. The set itself waits for the token: what
-    that repeats counts too."""
+class Plan:
+    """What the step of the tokens from `start` to `end` lets know of the one after it: its survivors, the selector's
+    scores and, by these, the likely set, which is being fetched. Where only some of those tokens stay, scores are
+    None."""
 
     start: int
+    end: int
     survivors: Survivors
     scores: Floats | None
-    missing: Positions
-    fetch: Fetch | None
+    positions: Positions | None
 
 
 class RetrievedKVCache:
@@ -83,7 +84,7 @@ class RetrievedKVCache:
                  from_tokens: int, *, context_length: int | None = None, disk: DiskTier | None = None) -> None:
         """Without `disk`, the dense cache holds the whole context and is the cold tier. With it, the dense cache holds
         `from_tokens`, and is given back when the text becomes longer."""
-        n_slots = slots_for(max(policy.budget, policy.most))
+        n_slots = slots_for(policy)
         observed = self._observed_layers = selector.key_layers or observed_layers(hp)
         self.context_length = context_length or dense.context_length
         self.from_tokens = max(from_tokens, policy.budget)
@@ -99,12 +100,14 @@ class RetrievedKVCache:
         self.token_ids = array("i")  # of the text, as far as whoever feeds it says
         self.n_attended: int | None = None  # by the last step, its own tokens apart; None for all of them
         self._aside, self._ahead = Workers(1, "kv-ahead"), list[Future[None]]()
-        self._foreseen: Foreseen | None = None
+        self._plans: list[Plan] = []  # made in the last two steps; one may be taken again
+        self._coming: tuple[Positions, Fetch] | None = None  # beside the step
 
     def begin(self) -> None:
         """A request begins: what the one before has shown is no longer used, so that an answer depends on the text
         alone, and not on whether it went on or was brought back from disk."""
         self._settle()
+        self._plans = []
         self.chooser.forget()
         self.hot.truncate(0)
 
@@ -119,12 +122,14 @@ class RetrievedKVCache:
     # -- a step --------------------------------------------------------------------------------------------------
     def select(self, batch: Batch) -> Selection | None:
         """The set for this step; None where it should look at everything."""
-        foreseen, chooser = self._seen_ahead(), self.chooser
-        ids = self._known_ids(batch.start)
+        ids, chooser = self._known_ids(batch.start), self.chooser
         repeated = None if ids is None else repeats(ids, int(batch.token_ids[0]))
-        is_scored = foreseen is not None and foreseen.start == batch.start
-        scores = foreseen.scores if foreseen and is_scored else chooser.scores(batch.start)
-        return chooser.trusted(chooser.choose(scores, chooser.survivors, repeated))
+        wait_for(self._ahead)
+        plan = next((one for one in self._plans[::-1] if one.start < batch.start <= one.end), None)
+        is_scored = plan is not None and plan.end == batch.start and plan.scores is not None
+        scores = plan.scores if plan and is_scored else chooser.scores(batch.start)
+        ahead = None if plan is None else plan.positions
+        return chooser.trusted(chooser.choose(scores, chooser.survivors, repeated, ahead))
 
     def _known_ids(self, n_tokens: int) -> NDArray[np.int32] | None:
         """(n_tokens,); None where somebody has not said them all."""
@@ -132,7 +137,7 @@ class RetrievedKVCache:
 
     @property
     def foresight_layers(self) -> frozenset[int] | None:
-        """Layers with features such that, behind the last of them, the next set can be chosen. None where that takes
+        """Layers with features such that, behind the last of them, the next set can be planned. None where that takes
         the last layer."""
         last = max(self._observed_layers)
         layers = self.feature_layers
@@ -141,8 +146,8 @@ class RetrievedKVCache:
         return layers if max(layers, default=-1) >= last else layers | {last}
 
     def look_ahead(self, batch: Batch, chosen: Selection) -> None:
-        """A step over `chosen` is computed as far as `foresight_layers`: begin to fetch what the next one lacks, by a
-        thread beside the step, which touches neither cache nor selector before it commits."""
+        """A step over `chosen` is computed as far as `foresight_layers`: plan the next one's set, and begin to fetch
+        what it lacks, by a thread beside the step, which touches neither cache nor selector before it commits."""
         self._ahead = [self._aside.submit(partial(self._look_ahead, batch, chosen))]
 
     def _look_ahead(self, batch: Batch, chosen: Selection) -> None:
@@ -151,22 +156,22 @@ class RetrievedKVCache:
         ids = self._known_ids(batch.start)
         expected = None if ids is None else following(np.append(ids, batch.token_ids))
         scores = self.chooser.scores(batch.end)
-        likely = self.chooser.choose(scores, survivors, expected)
-        missing, fetch = np.zeros(0, np.int64), None
+        likely = self.chooser.plan(scores, survivors, expected, chosen)
         if likely is not None:
             missing, slots = self.hot.look_ahead(likely.positions)
-            fetch = self._start_fetch(slots, missing)
-        self._foreseen = Foreseen(batch.end, survivors, scores, missing, fetch)
+            self._coming = missing, self._start_fetch(slots, missing)
+        plan = Plan(batch.start, batch.end, survivors, scores, None if likely is None else likely.positions)
+        self._plans = [*[old for old in self._plans if old.start != plan.start][-1:], plan]
         self.counts.aside_s += perf_counter() - begin_s
 
-    def _seen_ahead(self) -> Foreseen | None:
-        """What the last step has let know of the one after it."""
+    def _plan_of(self, start: int) -> Plan | None:
+        """What the step from `start` on has let know."""
         wait_for(self._ahead)
-        return self._foreseen
+        return next((plan for plan in self._plans if plan.start == start), None)
 
     def bring(self, chosen: Selection, batch: Batch) -> None:
         """Have the set in the hot buffer, by exchanging what differs from the one before."""
-        n_late = self._settle(batch.start)
+        n_late = self._settle(needs=True)
         self._spill(batch.start)
         assignment = self.hot.prepare(chosen.positions, batch)
         try:
@@ -188,18 +193,19 @@ class RetrievedKVCache:
         self.counts.read_bytes += fetch.read_bytes
         return fetch
 
-    def _settle(self, start: int | None = None) -> int:
-        """Nothing is on its way any more: how many rows were. Raises what became of those that a step from `start` on
-        was to have; rows that did not come for another have no slot."""
-        foreseen, self._foreseen = self._seen_ahead(), None
-        if foreseen is None or foreseen.fetch is None:
+    def _settle(self, *, needs: bool = False) -> int:
+        """Nothing is on its way any more: how many rows were. What did not come has no slot; with `needs`, raises
+        why."""
+        wait_for(self._ahead)
+        if self._coming is None:
             return 0
-        n_to_come = foreseen.fetch.n_to_come
+        (missing, fetch), self._coming = self._coming, None
+        n_to_come = fetch.n_to_come
         try:
-            foreseen.fetch.wait()
+            fetch.wait()
         except BaseException as error:
-            self.hot.slots.drop(foreseen.missing)
-            if foreseen.start == start or not isinstance(error, (KVStoreError, Cancelled)):
+            self.hot.slots.drop(missing)
+            if needs or not isinstance(error, (KVStoreError, Cancelled)):
                 raise
         return n_to_come
 
@@ -213,7 +219,7 @@ class RetrievedKVCache:
             self.n_attended = None
             self.counts.n_whole += 1
             return
-        foreseen = self._seen_ahead()
+        plan = self._plan_of(batch.start)
         new = np.arange(batch.start, batch.end, dtype=np.int64)
         self.cold.keep(self.hot.records, self.hot.slots.where(new), new)
         if self.hot.ring is not None:
@@ -223,7 +229,8 @@ class RetrievedKVCache:
             self.dense.commit(batch)
         self._show_keys(new, self.hot.slots.where(new))
         self.length = batch.end
-        self.chooser.survivors = foreseen.survivors if foreseen else self._seen_of_a_step(batch, chosen)
+        self.chooser.survivors = plan.survivors if plan else self._seen_of_a_step(batch, chosen)
+        self.chooser.held = chosen.positions
         self.counts.n_steps += 1
         self.counts.n_selected += len(chosen.positions)
 
@@ -233,7 +240,7 @@ class RetrievedKVCache:
 
     def _see_everything(self, end: int, observations: Sequence[Observation]) -> None:
         positions = np.arange(end, dtype=np.int64)
-        self.chooser.survivors = self.chooser.surviving(positions, positions, observations)
+        self.chooser.survivors, self.chooser.held = self.chooser.surviving(positions, positions, observations), None
 
     def _show_keys(self, positions: Positions, rows: Positions) -> None:
         """A selector sees the keys of new tokens, which lie in these rows of the hot buffer."""
@@ -276,14 +283,14 @@ class RetrievedKVCache:
             self._keep_cold(self.cold.n_tokens + (n if at_once else -(-n // (n_left + 1))))
         if n_left < APPROACH_SETS:
             self._settle()
-            self._ahead = [self._aside.submit(partial(self._bring_near, end))]
+            likely = self.chooser.choose(self.chooser.scores(end), self.chooser.survivors, None, None)
+            if likely is not None:
+                self._ahead = [self._aside.submit(partial(self._bring_near, likely.positions))]
 
-    def _bring_near(self, end: int) -> None:
+    def _bring_near(self, likely: Positions) -> None:
         """Beside a step that attends to everything: have what one over a set would attend to in the hot buffer."""
-        likely = self.chooser.choose(self.chooser.scores(end), self.chooser.survivors, None)
-        if likely is not None:
-            missing, slots = self.hot.look_ahead(likely.positions)
-            self._near.fetch(self.hot.records, slots, missing)
+        missing, slots = self.hot.look_ahead(likely)
+        self._near.fetch(self.hot.records, slots, missing)
 
     def gather(self, end: int) -> None:
         """Have the first `end` tokens in the dense cache, which has room for them."""
@@ -388,6 +395,8 @@ class RetrievedKVCache:
             self.hot.truncate(n_tokens)
             self.cold.truncate(n_tokens)
             self.chooser.truncate(n_tokens)
+            self._plans = [replace(plan, end=n_tokens, scores=None) if plan.end > n_tokens else plan
+                           for plan in self._plans if plan.start < n_tokens]
             self._show_page_again(n_tokens)
         self.dense.truncate(n_tokens)
         self.length = min(self.length, n_tokens)

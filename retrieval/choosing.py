@@ -46,12 +46,13 @@ def observed_layers(hp: Hyperparameters) -> frozenset[int]:
 
 
 class Chooser:
-    """`survivors` are those of the last step that was committed."""
+    """`survivors` are those of the last step that was committed, `held` its set, if it had one."""
 
     def __init__(self, selector: Selector, policy: Policy, *, can_look_around: bool) -> None:
         """With `can_look_around`, a step may attend to everything instead of a set."""
         self.selector, self.policy, self._can_look_around = selector, policy, can_look_around
         self.survivors: Survivors | None = None
+        self.held: Positions | None = None  # rising
         self._n_since_whole = _FULL_EVERY
 
     def scores(self, n_tokens: int) -> Floats | None:
@@ -60,9 +61,25 @@ class Chooser:
         scores = self.selector.scores(n_tokens)
         return np.zeros(n_tokens, np.float32) if scores is None and not self._can_look_around else scores
 
-    def choose(self, scores: Floats | None, survivors: Survivors | None, repeated: Floats | None) -> Selection | None:
-        """The set for a step; None where it can only look at everything."""
-        return None if scores is None else select(scores, survivors, repeated, self.policy)
+    def choose(self, scores: Floats | None, survivors: Survivors | None, repeated: Floats | None,
+               ahead: Positions | None) -> Selection | None:
+        """The set for a step whose token is known. What was planned, `ahead`, and the set before it are there; without
+        a plan, as much more is exchanged late. None where it can only look at everything."""
+        if scores is None:
+            return None
+        n_exchanged, held = self.policy.n_exchanged_late, self.held
+        if ahead is None:
+            n_exchanged += self.policy.n_exchanged_beside
+        elif held is not None:
+            held = np.union1d(ahead, held)
+        return select(scores, survivors, repeated, self.policy, held, n_exchanged)
+
+    def plan(self, scores: Floats | None, survivors: Survivors | None, expected: Floats | None,
+             chosen: Selection) -> Selection | None:
+        """The likely set for the step after one over the set `chosen`, whose token is not known."""
+        if scores is None:
+            return None
+        return select(scores, survivors, expected, self.policy, chosen.positions, self.policy.n_exchanged_beside)
 
     def trusted(self, chosen: Selection | None) -> Selection | None:
         """None where the step should rather look at everything. Asked once a step."""
@@ -91,7 +108,10 @@ class Chooser:
         if self.survivors is not None:
             kept = self.survivors.positions < n_tokens
             self.survivors = Survivors(self.survivors.positions[kept], self.survivors.attention[kept])
+        if self.held is not None:
+            held = self.held[self.held < n_tokens]
+            self.held = held if len(held) else None
 
     def forget(self) -> None:
         """A request begins."""
-        self.survivors, self._n_since_whole = None, _FULL_EVERY
+        self.survivors, self.held, self._n_since_whole = None, None, _FULL_EVERY

@@ -19,6 +19,7 @@ from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
 from retrieval.graph import Observation, SelectiveKVGraph
 from retrieval.records import Records, RecordShape, in_layer_order
+from retrieval.selection import Policy
 from retrieval.slots import Assignment, Slots
 
 Positions = NDArray[np.int64]
@@ -28,9 +29,10 @@ _READY = nullcontext()
 _BUCKET = 64
 
 
-def slots_for(n_selected: int) -> int:
-    """Slots for sets of at most so many tokens, and a step's own."""
-    return -(-(n_selected + MAX_STEP_TOKENS) // _BUCKET) * _BUCKET
+def slots_for(policy: Policy) -> int:
+    """Slots for a step's set and its own tokens and, where that is one, for what comes meanwhile."""
+    n_beside_set = max(MAX_STEP_TOKENS, 1 + policy.n_exchanged_beside)
+    return -(-(policy.largest + n_beside_set) // _BUCKET) * _BUCKET
 
 
 def ring_rows(hp: Hyperparameters, context_length: int) -> int:

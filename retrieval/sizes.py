@@ -29,8 +29,7 @@ def policy_for(budget: int) -> Policy:
 
 def kv_sizes(hp: Hyperparameters, context_length: int, budget: int, from_tokens: int, tier: Literal["memory", "disk"],
              head: RetrievalHead | None, weights: Literal["resident", "streamed"]) -> KVSizes:
-    policy = policy_for(budget)
-    n_slots = slots_for(policy.most)
+    n_slots = slots_for(policy_for(budget))
     shapes = {RecordShape.full(hp): n_slots, RecordShape.windowed(hp): ring_rows(hp, context_length)}
     shapes = {shape: rows for shape, rows in shapes.items() if shape.layers}
     strides = sum(shape.stride_bytes for shape in shapes)

@@ -21,7 +21,7 @@ from edgert.gguf.model_file import ModelFile
 from retrieval.cache import RetrievedKVCache
 from retrieval.choosing import page_layers
 from retrieval.engine import RetrievalEngine
-from retrieval.selection import Policy, Selection, Survivors
+from retrieval.selection import Policy, Selection
 from retrieval.selectors import HeadSelector, PageSelector, Selector
 from retrieval.store import DiskTier, temporary_files
 
@@ -101,13 +101,12 @@ def random_tokens(n_tokens: int, seed: int = 0) -> list[int]:
 
 def share_sets(near: RetrievalEngine, far: RetrievalEngine) -> None:
     """Let both attend to the same sets, which move through the text."""
-    def choose(scores: Floats | None, survivors: Survivors | None, repeated: Floats | None) -> Selection:
-        assert scores is not None
-        n_tokens = len(scores)
+    def set_for(n_tokens: int) -> Selection:
         rng = np.random.default_rng(n_tokens)
         recent = np.arange(n_tokens - 20, n_tokens)
         return Selection(np.unique([0, 1, *rng.choice(n_tokens, 40), *recent]).astype(np.int64), 1.0, True)
 
     for engine in (near, far):
-        engine._retrieved.chooser.choose = choose  # type: ignore[method-assign]
-        engine._retrieved.chooser.scores = lambda n_tokens: np.zeros(n_tokens, np.float32)  # type: ignore[method-assign]
+        chooser = engine._retrieved.chooser
+        chooser.choose = chooser.plan = lambda scores, *_: set_for(len(scores))  # type: ignore[method-assign]
+        chooser.scores = lambda n_tokens: np.zeros(n_tokens, np.float32)  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from retrieval.workers import Workers
 TinyModel = Callable[..., Path]
 N_PROMPT = 420
 POLICY = Policy(96, 128, n_recent=16, least_mass=0.0)
+FICKLE = Policy(180, n_recent=16, least_mass=0.0, hold=1.0, survivor_weight=0.0)  # wants to exchange more than it may
 
 
 class StuckDisk:
@@ -48,9 +50,9 @@ def test_what_the_next_step_lacks_is_fetched_before_it_begins(engine: RetrievalE
     share_sets(engine, engine)
     answer(engine, [3], 0)
     for token_id in range(5):
-        foreseen, late, fetched = kv._foreseen, kv.counts.n_late, kv.counts.n_fetched
-        assert foreseen is not None and foreseen.fetch is not None and len(foreseen.missing) > 10
-        foreseen.fetch.wait()
+        coming, late, fetched = kv._coming, kv.counts.n_late, kv.counts.n_fetched
+        assert coming is not None and len(coming[0]) > 10
+        coming[1].wait()
         answer(engine, [token_id], 0)
         assert kv.counts.n_late == late, "all of it was there"
         assert kv.counts.n_fetched > fetched
@@ -58,25 +60,24 @@ def test_what_the_next_step_lacks_is_fetched_before_it_begins(engine: RetrievalE
 
 def test_the_layers_after_the_features_compute_while_the_disk_works(engine: RetrievalEngine,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = engine._retrieved
     share_sets(engine, engine)
     answer(engine, [3], 0)
-    foreseen = engine._retrieved._foreseen
-    assert foreseen is not None and foreseen.fetch is not None
-    foreseen.fetch.wait()
-    disk = StuckDisk(monkeypatch)
-    late = engine._retrieved.counts.n_late
+    assert kv._coming is not None
+    kv._coming[1].wait()
+    disk, late = StuckDisk(monkeypatch), kv.counts.n_late
     answer(engine, [4], 0)  # ends, though what its follower lacks does not come
-    foreseen = engine._retrieved._foreseen
-    assert foreseen is not None and foreseen.fetch is not None
-    assert foreseen.fetch.n_to_come == len(foreseen.missing) > 10
+    assert kv._coming is not None
+    missing, fetch = kv._coming
+    assert fetch.n_to_come == len(missing) > 10
     threading.Timer(0.02, disk.is_free.set).start()
     answer(engine, [5], 0)
-    assert engine._retrieved.counts.n_late == late + len(foreseen.missing)
+    assert kv.counts.n_late == late + len(missing)
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_step_is_the_same_whether_its_set_was_foreseen(tiny_model: TinyModel, tmp_path: Path, fused: bool,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_the_same_whether_its_set_was_planned(tiny_model: TinyModel, tmp_path: Path, fused: bool,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     answers = []
     for foresees in (True, False):
         if not foresees:
@@ -85,20 +86,56 @@ def test_a_step_is_the_same_whether_its_set_was_foreseen(tiny_model: TinyModel, 
         with open_retrieving(path, tmp_path, policy=POLICY, fused=fused) as engine:
             share_sets(engine, engine)
             answers.append(answer(engine, random_tokens(N_PROMPT), 12))
-            assert (engine._retrieved._foreseen is not None) == foresees
+            assert (engine._retrieved._coming is not None) == foresees
             assert engine._retrieved.counts.n_steps == 12
     assert np.abs(answers[0] - answers[1]).max() < 0.05, "but for the order of slots"
 
 
-def test_what_was_foreseen_for_a_step_that_does_not_come_leaves_nothing_behind(engine: RetrievalEngine) -> None:
+def sets_of(engine: RetrievalEngine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The sets that steps attend to from now on."""
+    seen, bring = list[list[int]](), engine._retrieved.bring
+    monkeypatch.setattr(engine._retrieved, "bring",
+                        lambda chosen, batch: (seen.append(chosen.positions.tolist()), bring(chosen, batch))[1])
+    return seen
+
+
+def test_sets_do_not_depend_on_how_fast_the_disk_is(tiny_model: TinyModel, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    path, answers, sets = tiny_model("llama", n_layers=4, quantisation="F32"), [], []
+    for is_slow in (False, True):
+        if is_slow:
+            monkeypatch.setattr(RecordFile, "read", lambda *given, then=RecordFile.read: (time.sleep(0.01),
+                                                                                          then(*given))[1])
+        with open_retrieving(path, tmp_path, policy=POLICY) as engine:
+            seen = sets_of(engine, monkeypatch)
+            answers.append(answer(engine, random_tokens(N_PROMPT), 8))
+            sets.append(seen)
+    assert sets[0] == sets[1] and len(sets[0]) == 8
+    assert np.array_equal(answers[0], answers[1])
+
+
+def test_between_two_steps_only_so_many_tokens_are_exchanged(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with open_retrieving(tiny_model("llama", n_layers=4), tmp_path, policy=FICKLE) as engine:
+        kv = engine._retrieved
+        answer(engine, random_tokens(N_PROMPT), 2)
+        for token_id in range(6):
+            fetched, late = kv.counts.n_fetched, kv.counts.n_late
+            assert kv._coming is not None
+            kv._coming[1].wait()
+            answer(engine, [token_id], 0)
+            assert 0 < kv.counts.n_late - late <= FICKLE.n_exchanged_late
+            assert kv.counts.n_fetched - fetched <= FICKLE.n_exchanged_late + FICKLE.n_exchanged_beside
+
+
+def test_what_was_planned_for_a_step_that_does_not_come_leaves_nothing_behind(engine: RetrievalEngine) -> None:
     kv = engine._retrieved
     answer(engine, [3], 0)
-    assert kv._foreseen is not None
+    assert kv._coming is not None and kv._plans
     engine.kv.truncate(N_PROMPT)
-    assert kv._foreseen is None
+    assert kv._coming is None and not kv._plans
     answer(engine, [3, 4, 5], 3)
     engine.refresh()
-    assert kv._foreseen is None
+    assert kv._coming is None and not kv._plans
 
 
 def test_rows_that_are_damaged_on_their_way_ahead_are_noticed_by_the_step_that_needs_them(
@@ -119,9 +156,9 @@ def test_rows_that_are_damaged_on_their_way_ahead_are_noticed_by_the_step_that_n
 
 def test_a_step_that_was_stopped_after_it_looked_ahead_can_be_taken_again(tiny_model: TinyModel, tmp_path: Path,
                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = []
+    answers, sets = [], []
     for is_stopped in (True, False):
-        with open_retrieving(tiny_model("llama", n_layers=4, quantisation="F32"), tmp_path, policy=POLICY) as engine:
+        with open_retrieving(tiny_model("llama", n_layers=4, quantisation="F32"), tmp_path, policy=FICKLE) as engine:
             answer(engine, random_tokens(N_PROMPT), 2)
             kv = engine._retrieved
             if is_stopped:
@@ -132,7 +169,10 @@ def test_a_step_that_was_stopped_after_it_looked_ahead_can_be_taken_again(tiny_m
                 assert engine.kv.length == N_PROMPT + 2
                 monkeypatch.undo()
                 engine.resume()
+            seen = sets_of(engine, monkeypatch)
             answers.append(answer(engine, [3], 3))
+            sets.append(seen)
+    assert sets[0] == sets[1]
     assert np.abs(answers[0] - answers[1]).max() < 0.02
 
 

@@ -140,8 +140,33 @@ def test_a_budget_that_holds_no_more_than_what_is_forced_is_refused() -> None:
 def test_what_is_about_as_good_is_not_exchanged_and_what_is_better_is() -> None:
     policy = Policy(8, n_sinks=1, n_recent=1, survivor_weight=0.0, hold=4.0)
     scores = np.zeros(40, np.float32)
-    scores[20:26], scores[30], scores[31] = 0.0, 1.0, 3.0
-    before = Survivors(np.arange(20, 26, dtype=np.int64), np.ones(6, np.float32))
-    chosen = select(scores, before, None, policy).positions.tolist()
+    scores[30], scores[31] = 1.0, 3.0
+    chosen = select(scores, None, None, policy, np.arange(20, 26)).positions.tolist()
     assert 31 in chosen and 30 not in chosen
     assert len({*range(20, 26)} & {*chosen}) == 5
+
+
+def test_of_a_set_that_is_held_only_so_many_are_exchanged_and_those_that_gain_most() -> None:
+    policy, scores = Policy(24, n_sinks=2, n_recent=6, hold=1.0), np.zeros(300, np.float32)
+    scores[100:110] = np.arange(1, 11)
+    scores[50:60] = 5
+    held = np.array([0, 1, *range(50, 66), *range(294, 300)])
+    chosen = {*select(scores, None, None, policy, held, 4).positions.tolist()}
+    assert chosen - {*held.tolist()} == {106, 107, 108, 109}
+    assert {*range(50, 60)} <= chosen, "what merits least has left"
+    assert 105 in select(scores, None, None, policy, held).positions
+
+
+@given(n_tokens=st.integers(30, 400), seed=st.integers(0, 50), n_held=st.integers(0, 60),
+       n_exchanged=st.integers(0, 30), extra=st.sampled_from([0, 20]))
+def test_a_set_is_as_large_as_ever_however_few_are_held_or_exchanged(n_tokens: int, seed: int, n_held: int,
+                                                                     n_exchanged: int, extra: int) -> None:
+    policy = Policy(24, 24 + extra, n_sinks=2, n_recent=6)
+    rng = np.random.default_rng(seed)
+    held = np.sort(rng.choice(n_tokens + 5, min(n_held, n_tokens), replace=False)).astype(np.int64)
+    chosen = select(scores_of(n_tokens, seed), None, None, policy, held, n_exchanged)
+    assert is_well_formed(chosen, n_tokens)
+    assert 24 <= len(chosen.positions) <= 24 + extra
+    between = chosen.positions[(chosen.positions >= 2) & (chosen.positions < n_tokens - 6)]
+    n_mine = int(((held >= 2) & (held < n_tokens - 6)).sum())
+    assert len(np.setdiff1d(between, held)) <= max(n_exchanged, 16 - n_mine)
