@@ -4,12 +4,12 @@
         [--tier memory|disk] [--store DIR] [--snapshot FILE.npz | --synthetic] [--text FILE ...] [--head auto|none]
         [--read-mb-s 250] [--from-tokens 2048]
 
-The text (Python's own sources where none is given) is prefilled once, densely; with --snapshot its keys and values are
-kept for the next run; with --synthetic they are random, for speed alone without the minutes of a prefill. Both engines
-take some steps in turn; medians, and ratios of medians. The ceiling is Amdahl's: a dense step over as few tokens as the
-set has. Where the model has a retrieval head, it needs features of the text, so both engines prefill. With --read-mb-s
-(root), the steps are taken from a disk that is held to so much. A --context below --from-tokens is attended whole by
-both: what retrieval costs then.
+The text (Python's own sources where none is given) is prefilled by both engines, since a retrieval head needs features
+of it; with --snapshot its keys and values, and the head's keys, are kept for the next run; with --synthetic they are
+random, for speed alone without the minutes of a prefill. Both engines take some steps in turn; medians, and ratios of
+medians. The ceiling is Amdahl's: a dense step over as few tokens as the set has. With --read-mb-s (root), the steps are
+taken from a disk that is held to so much. A --context below --from-tokens is attended whole by both: what retrieval
+costs then.
 """
 
 from __future__ import annotations
@@ -138,32 +138,44 @@ def open_sparse(args: argparse.Namespace) -> RetrievalEngine:
 def fill(args: argparse.Namespace, dense: Engine, sparse: RetrievalEngine, token_ids: NDArray[np.int32]) -> None:
     """Both engines hold the text, the sparse one as if it had prefilled it."""
     assert isinstance(dense.kv, DenseKVCache)
-    arrays = [Backend.array(t)[:len(token_ids)] for t in (*dense.kv.k, *dense.kv.v)]
+    kv, n = sparse._retrieved, len(token_ids)
+    arrays = [Backend.array(t)[:n] for t in (*dense.kv.k, *dense.kv.v)]
+    kept: dict[str, Any] = {}
+    if args.snapshot and args.snapshot.exists():
+        with np.load(args.snapshot) as file:
+            kept = dict(file)
     if args.synthetic:
         rows = np.random.default_rng(1).standard_normal(arrays[0].shape, np.float32).astype(np.float16)
         for array in arrays:
             array[:] = rows
-        dense.kv.length = len(token_ids)
-    elif args.snapshot and args.snapshot.exists():
-        kept = np.load(args.snapshot)
+        dense.kv.length = n
+    elif "k" in kept:
         for array, rows in zip(arrays, (*kept["k"], *kept["v"]), strict=True):
-            array[:] = rows[:len(token_ids)]
-        dense.kv.length = len(token_ids)
+            array[:] = rows[:n]
+        dense.kv.length = n
     else:
         dense.step(token_ids)
         if args.snapshot:
             k, v = np.stack(arrays[:len(dense.kv.k)]), np.stack(arrays[len(dense.kv.k):])
-            np.savez(args.snapshot, ids=text_of(args), k=k, v=v)
-    if sparse._retrieved.selector.name == "head" and not args.synthetic:  # it must see the text's features
-        sparse.step(token_ids)
-        return
-    kv = sparse._retrieved
-    n = len(token_ids) - 1
+            kept = {"ids": text_of(args), "k": k, "v": v}
+            np.savez(args.snapshot, **kept)
+    state = None
+    if kv.selector.name == "head" and not args.synthetic:  # it must see the text's features
+        state = kept.get(kv.selector.identity)
+        if state is None:
+            sparse.step(token_ids)
+            if args.snapshot:
+                kept[kv.selector.identity] = kv.selector.state(n)
+                np.savez(args.snapshot, **kept)
+            return
     for source, target in zip((*dense.kv.k, *dense.kv.v), (*kv.dense.k, *kv.dense.v), strict=True):
-        Backend.array(target)[:n] = Backend.array(source)[:n]
-    kv.dense.length = kv.length = n
-    kv.show_keys(0, {layer: kv._near.keys(layer, 0, n) for layer in kv.selector.key_layers})
-    sparse.step(token_ids[n:])
+        Backend.array(target)[:n - 1] = Backend.array(source)[:n - 1]
+    kv.dense.length = kv.length = n - 1
+    kv.token_ids.extend(token_ids[:n - 1].tolist())
+    kv.show_keys(0, {layer: kv._near.keys(layer, 0, n - 1) for layer in kv.selector.key_layers})
+    if state is not None:
+        kv.selector.restore(state, n)
+    sparse.step(token_ids[n - 1:])
 
 
 def measure(args: argparse.Namespace, dense: Engine, sparse: RetrievalEngine, token_ids: NDArray[np.int32]) -> Times:
