@@ -32,6 +32,9 @@ _ENVIRONMENT = {
 # glibc's M_MMAP_THRESHOLD, set once and for all. By itself it grows with every large block that is freed, up to 32 MiB,
 # and what is then freed below that stays with the process: 30 MiB after each model that is closed.
 _M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES = -3, 2**20
+# And its M_TRIM_THRESHOLD, which then is 128 KiB: arrays of a step would be given back and faulted in again each time
+# (choosing among 8k tokens: 71 faults and 260 us instead of 92).
+_M_TRIM_THRESHOLD, _KEPT_BYTES = -1, 2**22
 _INSTALL = "Run `make install` in edgert's directory, or `pip install llama-cpp-python==0.3.36`."
 
 
@@ -77,7 +80,9 @@ def load_libraries() -> Libraries:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
     directory = library_directory()
     base, cpu, registry, llama = (_open(directory, name) for name in ("ggml-base", "ggml-cpu", "ggml", "llama"))
     base.ggml_version.restype = ctypes.c_char_p

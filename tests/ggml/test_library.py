@@ -104,3 +104,26 @@ print(before - psutil.Process().memory_info().rss)
 def test_large_blocks_that_are_freed_go_back_to_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", _FREED], capture_output=True, text=True, check=True, timeout=120)
     assert int(done.stdout) > 12 << 20
+
+
+_TAKEN_AGAIN = """
+import resource
+import numpy as np
+from edgert.ggml.library import load_libraries
+load_libraries()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    return len([np.ones(32 * 1024) for _ in range(12)])
+step()
+before = faults()
+for _ in range(100):
+    step()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_what_a_step_frees_stays_for_the_next_one() -> None:
+    done = subprocess.run([sys.executable, "-c", _TAKEN_AGAIN], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 500, "pages are faulted in with every step"
