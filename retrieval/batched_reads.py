@@ -23,7 +23,7 @@ Addresses = NDArray[np.uint64]
 Offsets = NDArray[np.int64]
 MAX_READS = 256
 """Of one batch."""
-_AT_ONCE = 16  # ended reads that are worth waking up for
+_AT_ONCE = 32  # ended reads that are worth waking up for
 # System calls: setup, destroy, getevents, submit. The C library has no names for them.
 _NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 # struct iocb and struct io_event of linux/aio_abi.h, little-endian; opcode 0 is a pread.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgert.architectures.base import Hyperparameters
 from retrieval.graph import Observation
-from retrieval.selection import Policy, Selection, Survivors, select
+from retrieval.selection import Merits, Policy, Selection, Survivors, merits, select
 from retrieval.selectors import Selector
 
 Floats = NDArray[np.float32]
@@ -55,31 +55,27 @@ class Chooser:
         self.held: Positions | None = None  # rising
         self._n_since_whole = _FULL_EVERY
 
-    def scores(self, n_tokens: int) -> Floats | None:
-        """What the selector says of the first `n_tokens` for the step after them; None where nothing tells and
-        everything can be looked at."""
+    def known(self, n_tokens: int, survivors: Survivors | None) -> Merits | None:
+        """What selector and survivors say of the first `n_tokens` for the step after them; None where nothing tells
+        and everything can be looked at."""
         scores = self.selector.scores(n_tokens)
-        return np.zeros(n_tokens, np.float32) if scores is None and not self._can_look_around else scores
+        if scores is None and self._can_look_around:
+            return None
+        return merits(np.zeros(n_tokens, np.float32) if scores is None else scores, survivors, self.policy)
 
-    def choose(self, scores: Floats | None, survivors: Survivors | None, repeated: Floats | None,
-               ahead: Positions | None) -> Selection | None:
+    def choose(self, known: Merits | None, repeated: Floats | None, ahead: Positions | None) -> Selection | None:
         """The set for a step whose token is known. What was planned, `ahead`, and the set before it are there; without
-        a plan, as much more is exchanged late. None where it can only look at everything."""
-        if scores is None:
+        a plan, as much more comes late. None where it can only look at everything."""
+        if known is None:
             return None
-        n_exchanged, held = self.policy.n_exchanged_late, self.held
-        if ahead is None:
-            n_exchanged += self.policy.n_exchanged_beside
-        elif held is not None:
-            held = np.union1d(ahead, held)
-        return select(scores, survivors, repeated, self.policy, held, n_exchanged)
+        policy, held = self.policy, self.held
+        if ahead is None or held is None:
+            return select(known, repeated, policy, held, policy.n_early + policy.n_beside + policy.n_late)
+        return select(known, repeated, policy, np.concatenate([ahead, held]), policy.n_late)
 
-    def plan(self, scores: Floats | None, survivors: Survivors | None, expected: Floats | None,
-             chosen: Selection) -> Selection | None:
-        """The likely set for the step after one over the set `chosen`, whose token is not known."""
-        if scores is None:
-            return None
-        return select(scores, survivors, expected, self.policy, chosen.positions, self.policy.n_exchanged_beside)
+    def plan(self, known: Merits, expected: Floats | None, held: Positions) -> Positions:
+        """The likely set for the step after one over the set that is `held`, whose token is not known."""
+        return select(known, expected, self.policy, held, self.policy.n_beside).positions
 
     def trusted(self, chosen: Selection | None) -> Selection | None:
         """None where the step should rather look at everything. Asked once a step."""
@@ -94,7 +90,8 @@ class Chooser:
         """Who got attention survives, of the tokens at `positions` in `cells`; where nothing was observed, all do
         alike. The last one is the step's own, and the selector learns of it."""
         if observations:
-            attention = np.mean([one.attention.mean(0) + one.attention.max(0) for one in observations], axis=0)[cells]
+            seen = np.stack([one.attention for one in observations])  # (n_observed, n_heads, n_cells)
+            attention = (seen.mean(1) + seen.max(1)).mean(0)[cells]
             self.selector.saw(int(positions[-1]), observations)
         else:
             attention = np.ones(len(positions), np.float32)

@@ -2,7 +2,7 @@
 
 Prompts are attended densely, and a short text is computed as by any engine. A step over a long one first chooses its
 tokens, has them in the hot buffer, and computes over that; where the choice is not to be trusted, over everything. Of a
-step over a set, the next one's is chosen and fetched before the last layers are computed.
+step over a set, the next one's is planned and fetched while it computes.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Foresight:
 
     def take(self, batch: Batch, streams: Sequence[Logits]) -> None:
         begin_s = perf_counter()
-        self.kv.take(batch, streams[:1 + len(self.kv.feature_layers)])  # the last may only mark the place
-        self.kv.look_ahead(batch, self.chosen)
+        some = streams[:1 + len(self.kv.feature_layers)]  # the last may only mark the place
+        self.kv.look_ahead(batch, self.chosen, [stream.copy() for stream in some])
         self.kv.counts.select_s += perf_counter() - begin_s
 
 
@@ -169,6 +169,7 @@ class RetrievalEngine(Engine):
         begin_s = perf_counter()
         with self._trace.span("fetch", "wait"):
             kv.bring(chosen, batch)
+            kv.look_early(chosen)
         kv.counts.fetch_s += perf_counter() - begin_s
         with self._trace.span(f"step over {len(chosen.positions)}", "compute"):
             logits = self._pass([batch], self._hot_graphs, kv.hot, self._sink(chosen))

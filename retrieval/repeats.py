@@ -36,6 +36,7 @@ def repeats(token_ids: NDArray[np.int32], token_id: int) -> Floats:
     return np.bincount(after.ravel(), _BRINGS[longer].ravel(), n)[:n].astype(np.float32)
 
 
-def following(token_ids: NDArray[np.int32]) -> Floats:
-    """(n,) of a text's ids: what the step after its last token will find to repeat it, should that go on as before."""
-    return np.append(np.float32(0), repeats(token_ids[:-1], int(token_ids[-1])))
+def following(repeated: Floats) -> Floats:
+    """(n + 1,) of what `repeats` says (n,) for a step: what it will say for the next one, should the text go on as it
+    did before."""
+    return np.append(np.float32(0), repeated)

@@ -10,7 +10,7 @@ Sources: StreamingLLM, arXiv 2309.17453 (sinks); SpeContext, arXiv 2512.00722, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,18 +53,21 @@ class Policy:
         """Tokens of the largest set."""
         return max(self.budget, self.most)
 
+    # Tokens that come for a step: as the one before begins, those that it would have liked too; once it has shown its
+    # features, while its last layers compute; and late, once the step's own token is known, when it must wait.
+    # (SmolLM2 at 4k, sets of 512 to 640, a piece of prose, one of code, and questions about one fact and four, with as
+    # many of the answers right: KL of 0.025, 0.031, 0.059 and 0.050; without bounds 0.023, 0.030, 0.042 and 0.046.)
     @property
-    def n_exchanged_beside(self) -> int:
-        """Tokens that come for a step while the one before computes: nobody waits for them."""
-        return self.budget // 9
+    def n_early(self) -> int:
+        return self.budget // 14
 
     @property
-    def n_exchanged_late(self) -> int:
-        """Tokens that come once the step's own token is known: it waits for them. (SmolLM2 at 4k, sets of 512 to 640,
-        56 beside and 28 late, of which 18 come: the KL on prose, code, and questions about one fact and four is 0.026,
-        0.031, 0.040 and 0.037; without bounds, with 70 to 82 instead of 62 to 69 tokens exchanged and as many of the
-        answers right, 0.025, 0.029, 0.032 and 0.035.)"""
-        return max(16, self.budget // 18)
+    def n_beside(self) -> int:
+        return self.budget // 21
+
+    @property
+    def n_late(self) -> int:
+        return max(16, self.budget // 21)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,34 +87,54 @@ class Selection:
     positions: Positions
     mass: float
     is_sure: bool
+    next_best: Positions = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Those that are not held, and would have come if more were exchanged: rising."""
 
 
-def select(scores: Floats, survivors: Survivors | None, repeated: Floats | None, policy: Policy,
-           held: Positions | None = None, n_exchanged: int | None = None) -> Selection:
-    """The set for the next step, of as many cached tokens as there are `scores` (n,): what the head says of each.
-    `repeated` (n,) is how much of the text's end each continues. Of the tokens that are not `held` (rising), where
-    some are, at most `n_exchanged` come in, or what the budget lacks; None is any number.
+@dataclass(frozen=True, slots=True)
+class Merits:
+    """What is known of cached tokens before a step's own is: `weights`, the head's distribution, and with the
+    survivors' shares `merit`, each (n,) of those between the first and the last ones, out of `n_tokens`."""
+
+    n_tokens: int
+    weights: Shares
+    merit: Shares
+
+
+def merits(scores: Floats, survivors: Survivors | None, policy: Policy) -> Merits:
+    """Of as many cached tokens as there are `scores` (n,): what the head says of each. One that is no number counts as
+    the lowest."""
+    n_tokens = len(scores)
+    first, end = min(policy.n_sinks, n_tokens), max(policy.n_sinks, n_tokens - policy.n_recent)
+    weights = _softmax(np.where(np.isnan(scores[first:end]), _NEVER, scores[first:end]))
+    if survivors is None:
+        return Merits(n_tokens, weights, weights)
+    shares = _shares(_widened(survivors, policy, n_tokens)[first:end])
+    return Merits(n_tokens, weights, weights + policy.survivor_weight * shares)
+
+
+def select(known: Merits, repeated: Floats | None, policy: Policy, held: Positions | None = None,
+           n_exchanged: int | None = None) -> Selection:
+    """The set for the next step. `repeated` (n,) is how much of the text's end each cached token continues. Of those
+    that are not `held`, where some are, at most `n_exchanged` come in, or what the budget lacks; None is any number.
 
     At most `policy.budget` positions, or `policy.most` where the head is unsure; all of them while there are so few.
-    A score that is no number counts as the lowest.
     """
-    n_tokens = len(scores)
+    n_tokens, weights, merit = known.n_tokens, known.weights, known.merit.copy()
     if n_tokens <= policy.budget:
         return Selection(np.arange(n_tokens, dtype=np.int64), 1.0, True)
     first, end = policy.n_sinks, n_tokens - policy.n_recent
-    weights = _softmax(np.where(np.isnan(scores[first:end]), _NEVER, scores[first:end]))
-    merit = weights.copy()
-    if survivors is not None:
-        merit += policy.survivor_weight * _shares(_widened(survivors, policy, n_tokens)[first:end])
     if repeated is not None:
         merit += policy.repeat_weight * _shares(repeated[first:end])
     n_best = policy.budget - policy.n_sinks - policy.n_recent
-    candidates = np.arange(end - first)
+    candidates, waiting = np.arange(end - first), np.zeros(0, np.int64)
     if held is not None:
-        mine = held[np.searchsorted(held, first):np.searchsorted(held, end)] - first
+        is_held = np.zeros(n_tokens, bool)
+        is_held[held[held < n_tokens]] = True
+        mine = np.flatnonzero(is_held[first:end])
         merit[mine] *= policy.hold
         if n_exchanged is not None:
-            candidates = _exchangeable(merit, mine, max(n_exchanged, n_best - len(mine)))
+            candidates, waiting = _exchangeable(merit, mine, max(n_exchanged, n_best - len(mine)), policy.n_early)
     ranked = candidates[np.argpartition(merit[candidates], -n_best)]
     chosen, others = ranked[-n_best:], ranked[:-n_best]
     mass = float(weights[chosen].sum())
@@ -122,15 +145,18 @@ def select(scores: Floats, survivors: Survivors | None, repeated: Floats | None,
         chosen = np.append(chosen, more[:n_more])
         mass = float(weights[chosen].sum())
     positions = np.concatenate([np.arange(first), first + np.sort(chosen), np.arange(end, n_tokens)])
-    return Selection(positions.astype(np.int64), mass, mass >= policy.least_mass)
+    waiting = first + np.sort(waiting[merit[waiting] > merit[chosen].min()])
+    return Selection(positions.astype(np.int64), mass, mass >= policy.least_mass, waiting)
 
 
-def _exchangeable(merit: Shares, mine: Positions, n: int) -> Positions:
-    """Indices of what is held, and of the `n` others that merit most."""
+def _exchangeable(merit: Shares, mine: Positions, n: int, n_more: int) -> tuple[Positions, Positions]:
+    """Indices of what is held and of the `n` others that merit most; and of the `n_more` after them."""
     others = merit.copy()
     others[mine] = -1
-    best = _best(others, n)
-    return np.concatenate([mine, best[others[best] >= 0]])
+    best = _best(others, n + n_more)
+    best = best[others[best] >= 0]
+    best = best[np.argpartition(-others[best], n)] if 0 < n < len(best) else best
+    return np.concatenate([mine, best[:n]]), best[n:]
 
 
 def _softmax(scores: Floats) -> Shares:

@@ -21,7 +21,7 @@ from edgert.gguf.model_file import ModelFile
 from retrieval.cache import RetrievedKVCache
 from retrieval.choosing import page_layers
 from retrieval.engine import RetrievalEngine
-from retrieval.selection import Policy, Selection
+from retrieval.selection import Policy, Selection, merits
 from retrieval.selectors import HeadSelector, PageSelector, Selector
 from retrieval.store import DiskTier, temporary_files
 
@@ -108,5 +108,7 @@ def share_sets(near: RetrievalEngine, far: RetrievalEngine) -> None:
 
     for engine in (near, far):
         chooser = engine._retrieved.chooser
-        chooser.choose = chooser.plan = lambda scores, *_: set_for(len(scores))  # type: ignore[method-assign]
-        chooser.scores = lambda n_tokens: np.zeros(n_tokens, np.float32)  # type: ignore[method-assign]
+        chooser.choose = lambda known, *_: set_for(known.n_tokens)  # type: ignore[method-assign]
+        chooser.plan = lambda known, *_: set_for(known.n_tokens).positions  # type: ignore[method-assign]
+        chooser.known = lambda n_tokens, survivors, policy=engine._retrieved.policy: merits(  # type: ignore[method-assign]
+            np.zeros(n_tokens, np.float32), None, policy)

@@ -8,13 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval.repeats import repeats
-from retrieval.selection import Floats, Policy, Selection, Survivors, select
+from retrieval.selection import Floats, Policy, Positions, Selection, Survivors, merits, select
 
 SMALL = Policy(budget=24, n_sinks=2, n_recent=6)
 
 
 def scores_of(n_tokens: int, seed: int, spread: float = 3.0) -> Floats:
     return np.random.default_rng(seed).standard_normal(n_tokens, dtype=np.float32) * np.float32(spread)
+
+
+def set_of(scores: Floats, survivors: Survivors | None, repeated: Floats | None, policy: Policy,
+           held: Positions | None = None, n_exchanged: int | None = None) -> Selection:
+    return select(merits(scores, survivors, policy), repeated, policy, held, n_exchanged)
 
 
 def survivors_at(*positions: int) -> Survivors:
@@ -35,7 +40,7 @@ def test_every_set_holds_sinks_recent_and_the_best_and_never_more_than_its_budge
     old = np.sort(rng.choice(n_tokens, min(n_survivors, n_tokens), replace=False)).astype(np.int64)
     scores = scores_of(n_tokens, seed, spread)
     repeated = rng.random(n_tokens, dtype=np.float32)
-    chosen = select(scores, Survivors(old, rng.random(len(old), dtype=np.float32)), repeated, policy)
+    chosen = set_of(scores, Survivors(old, rng.random(len(old), dtype=np.float32)), repeated, policy)
     assert is_well_formed(chosen, n_tokens)
     assert len(chosen.positions) <= (budget if chosen.mass > policy.least_mass + 1e-4 and not extra else budget + extra)
     assert len(chosen.positions) >= min(n_tokens, budget)
@@ -44,33 +49,33 @@ def test_every_set_holds_sinks_recent_and_the_best_and_never_more_than_its_budge
 
 
 def test_a_short_context_is_selected_whole() -> None:
-    chosen = select(scores_of(24, 0), survivors_at(3), None, SMALL)
+    chosen = set_of(scores_of(24, 0), survivors_at(3), None, SMALL)
     assert chosen.positions.tolist() == [*range(24)]
     assert chosen.is_sure
 
 
 def test_without_survivors_the_rest_of_the_set_is_the_heads_best() -> None:
     scores = scores_of(300, 1)
-    chosen = select(scores, None, None, SMALL)
+    chosen = set_of(scores, None, None, SMALL)
     best = 2 + np.argsort(-scores[2:-6])[:16]
     assert {*chosen.positions.tolist()} == {0, 1, *best.tolist(), *range(294, 300)}
 
 
 def test_a_survivor_brings_the_tokens_after_it() -> None:
-    chosen = select(np.zeros(300, np.float32), survivors_at(100), None, SMALL)
+    chosen = set_of(np.zeros(300, np.float32), survivors_at(100), None, SMALL)
     assert {100, 101, 102} <= {*chosen.positions.tolist()}
 
 
 def test_of_many_survivors_the_strongest_bring_most() -> None:
     survivors = Survivors(np.array([50, 100, 150, 200], np.int64), np.array([1e-6, 1, 1e-6, 1e-6], np.float32))
-    chosen = {*select(np.zeros(300, np.float32), survivors, None, Policy(11, n_sinks=2, n_recent=6)).positions.tolist()}
+    chosen = {*set_of(np.zeros(300, np.float32), survivors, None, Policy(11, n_sinks=2, n_recent=6)).positions.tolist()}
     assert {100, 101, 102} <= chosen and not {50, 150, 200} & chosen
 
 
 def test_survivors_leave_the_head_its_share() -> None:
     scores = np.zeros(400, np.float32)
     scores[[300, 310, 320, 330]] = 40
-    chosen = select(scores, survivors_at(*range(10, 200)), np.ones(400, np.float32), SMALL)
+    chosen = set_of(scores, survivors_at(*range(10, 200)), np.ones(400, np.float32), SMALL)
     assert {300, 310, 320, 330} <= {*chosen.positions.tolist()}
 
 
@@ -78,9 +83,9 @@ def test_what_repeats_has_its_place_beside_a_head_that_is_sure_of_others() -> No
     scores, repeated = np.zeros(400, np.float32), np.zeros(400, np.float32)
     scores[300:400] = 20
     repeated[[50, 60]] = 1, 1e-3
-    chosen = {*select(scores, None, repeated, SMALL).positions.tolist()}
+    chosen = {*set_of(scores, None, repeated, SMALL).positions.tolist()}
     assert 50 in chosen and 60 not in chosen
-    assert 50 not in select(scores, None, None, SMALL).positions
+    assert 50 not in set_of(scores, None, None, SMALL).positions
 
 
 def test_a_token_whose_forerunners_stand_at_the_texts_end_repeats_it() -> None:
@@ -110,26 +115,26 @@ def test_repeats_of_any_text_are_those_of_a_plain_search(ids: list[int], last: i
 def test_an_unsure_head_gets_as_much_more_as_it_needs() -> None:
     scores = np.full(300, -20, np.float32)
     scores[100:142] = 5  # forty-two tokens share its attention: four fifths are held by 34
-    frugal = select(scores, None, None, SMALL)
-    growing = select(scores, None, None, Policy(24, 100, n_sinks=2, n_recent=6))
+    frugal = set_of(scores, None, None, SMALL)
+    growing = set_of(scores, None, None, Policy(24, 100, n_sinks=2, n_recent=6))
     assert not frugal.is_sure
     assert frugal.mass == pytest.approx(16 / 42, abs=0.01)
     assert growing.is_sure
     assert len(growing.positions) == 8 + 34
     sure = scores.copy()
     sure[100] = 30
-    assert len(select(sure, None, None, Policy(24, 100, n_sinks=2, n_recent=6)).positions) == 24
+    assert len(set_of(sure, None, None, Policy(24, 100, n_sinks=2, n_recent=6)).positions) == 24
 
 
 def test_scores_that_are_no_numbers_choose_nothing_and_break_nothing() -> None:
     scores = scores_of(300, 2)
     scores[50:60] = np.nan
     scores[200] = 30
-    chosen = select(scores, None, None, SMALL)
+    chosen = set_of(scores, None, None, SMALL)
     assert not {*range(50, 60)} & {*chosen.positions.tolist()}
     assert 200 in chosen.positions
     for odd in (np.nan, -np.inf):
-        assert is_well_formed(select(np.full(300, odd, np.float32), None, None, SMALL), 300)
+        assert is_well_formed(set_of(np.full(300, odd, np.float32), None, None, SMALL), 300)
 
 
 def test_a_budget_that_holds_no_more_than_what_is_forced_is_refused() -> None:
@@ -141,7 +146,7 @@ def test_what_is_about_as_good_is_not_exchanged_and_what_is_better_is() -> None:
     policy = Policy(8, n_sinks=1, n_recent=1, survivor_weight=0.0, hold=4.0)
     scores = np.zeros(40, np.float32)
     scores[30], scores[31] = 1.0, 3.0
-    chosen = select(scores, None, None, policy, np.arange(20, 26)).positions.tolist()
+    chosen = set_of(scores, None, None, policy, np.arange(20, 26)).positions.tolist()
     assert 31 in chosen and 30 not in chosen
     assert len({*range(20, 26)} & {*chosen}) == 5
 
@@ -151,10 +156,21 @@ def test_of_a_set_that_is_held_only_so_many_are_exchanged_and_those_that_gain_mo
     scores[100:110] = np.arange(1, 11)
     scores[50:60] = 5
     held = np.array([0, 1, *range(50, 66), *range(294, 300)])
-    chosen = {*select(scores, None, None, policy, held, 4).positions.tolist()}
+    chosen = {*set_of(scores, None, None, policy, held, 4).positions.tolist()}
     assert chosen - {*held.tolist()} == {106, 107, 108, 109}
     assert {*range(50, 60)} <= chosen, "what merits least has left"
-    assert 105 in select(scores, None, None, policy, held).positions
+    assert 105 in set_of(scores, None, None, policy, held).positions
+
+
+def test_what_would_have_come_too_is_told_if_it_is_better_than_what_has_stayed() -> None:
+    policy, scores = Policy(56, n_sinks=2, n_recent=6, hold=2.0), np.zeros(300, np.float32)
+    scores[100:110] = 5
+    scores[50] = 0.1
+    held = np.array([0, 1, *range(150, 198), *range(294, 300)])
+    chosen = set_of(scores, None, None, policy, held, 8)
+    new = {*chosen.positions.tolist()} - {*held.tolist()}
+    assert len(new) == 8 and new < {*range(100, 110)}
+    assert new | {*chosen.next_best.tolist()} == {*range(100, 110)} and (np.diff(chosen.next_best) > 0).all()
 
 
 @given(n_tokens=st.integers(30, 400), seed=st.integers(0, 50), n_held=st.integers(0, 60),
@@ -164,7 +180,7 @@ def test_a_set_is_as_large_as_ever_however_few_are_held_or_exchanged(n_tokens: i
     policy = Policy(24, 24 + extra, n_sinks=2, n_recent=6)
     rng = np.random.default_rng(seed)
     held = np.sort(rng.choice(n_tokens + 5, min(n_held, n_tokens), replace=False)).astype(np.int64)
-    chosen = select(scores_of(n_tokens, seed), None, None, policy, held, n_exchanged)
+    chosen = set_of(scores_of(n_tokens, seed), None, None, policy, held, n_exchanged)
     assert is_well_formed(chosen, n_tokens)
     assert 24 <= len(chosen.positions) <= 24 + extra
     between = chosen.positions[(chosen.positions >= 2) & (chosen.positions < n_tokens - 6)]
