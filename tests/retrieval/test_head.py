@@ -18,7 +18,7 @@ from retrieval.head import CARD, PROJECT, SCORE, Head, find_head, open_head, sav
 from retrieval.head_card import HeadCard
 from retrieval.head_graphs import HeadParameters, score_graph
 from retrieval.onnx_file import Node, OnnxGraph
-from retrieval.selection import Policy, select
+from retrieval.selection import Policy, merits, select
 
 _DIM, _PAIRS = 16, 4
 
@@ -62,7 +62,7 @@ def test_onnxruntime_and_numpy_choose_the_same_set(saved: Path, model: tuple[Mod
         keys = np.zeros((2 * n, head.dim), np.float32)  # a buffer with room, as a cache has
         keys[:n] = head.project_keys(features, positions)[:, 0]
         query = head.project_queries(features[-1:], positions[-1:])[0, 0]
-        chosen.append(select(head.scores(query, keys[:n]), None, None, Policy(256)).positions)
+        chosen.append(select(merits(head.scores(query, keys[:n]), None, Policy(256)), None, Policy(256)).positions)
     assert np.array_equal(*chosen)
 
 
