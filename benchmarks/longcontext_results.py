@@ -28,6 +28,7 @@ class Outcome:
     nll_difference: float
     answer: float
     recall: float
+    n_attended: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Journal:
                 cells[cell].append(outcome)
         if not cells:
             return
-        titles = ("items", "KL", "top-1", "perplexity, %", "answer", "recall")
+        titles = ("items", "KL", "top-1", "perplexity, %", "answer", "recall", "tokens")
         print(f"\n{task}\n{'method':<10} {'budget':>6}  {titles[0]:>5}  " + "  ".join(f"{t:<15}" for t in titles[1:]))
         for (method, budget), outcomes in sorted(cells.items(), key=lambda item: (item[0][1], _rank(methods, item[0]))):
             shown = [_shown(f.name, [getattr(outcome, f.name) for outcome in outcomes]) for f in fields(Outcome)]
@@ -93,7 +94,7 @@ def _shown(name: str, values: Sequence[float]) -> str:
         return "-"
     if name == "nll_difference":  # as readers know it: how much more perplexed than with full attention
         return f"{100 * math.expm1(mean):+.2f} +- {100 * half:.2f}"
-    return f"{mean:.3f} +- {half:.3f}"
+    return f"{mean:.0f}" if name == "n_attended" else f"{mean:.3f} +- {half:.3f}"
 
 
 def summary(values: Sequence[float]) -> tuple[float, float]:

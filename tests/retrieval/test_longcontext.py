@@ -166,7 +166,7 @@ def test_questions_about_one_context_differ_and_the_context_does_not() -> None:
 
 def test_a_comparison_goes_on_where_its_file_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, settings = tmp_path / "found.jsonl", {"context": 4096}
-    found = Outcome(0.25, 0.5, 0.01, float("nan"), 1.0)
+    found = Outcome(0.25, 0.5, 0.01, float("nan"), 1.0, 256.0)
     Journal(file, settings).add(Place("prose", 0, 3), {("ours", 256): found})
     again = Journal(file, settings)
     again.add(Place("prose", 1, 3), {("ours", 256): found, ("quest", 256): found})
