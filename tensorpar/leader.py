@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from edgert.architectures.base import Architecture
 from edgert.engine.collective import Collective, Solo
 from edgert.engine.engine import Engine
-from edgert.engine.kv_cache import kv_bytes_per_token
 from edgert.errors import OutOfMemory, PeerLost
 from edgert.ggml.backend import Cancelled
 from edgert.gguf.model_file import ModelFile
@@ -31,7 +30,7 @@ from tensorpar.messages import Introduced, Introduction, Settings, Setup
 from tensorpar.pace import Pace
 from tensorpar.peer import Peer
 from tensorpar.planner import Device, Prediction, predict, predictions, reason
-from tensorpar.plans import WORTH_KEEPING, Plans
+from tensorpar.plans import Plans, is_worth_keeping
 from tensorpar.profile import Profile
 from tensorpar.shares import Cut, Shard, merge, splits_head
 from tensorpar.slice_cache import SliceCache
@@ -59,7 +58,7 @@ class ClusterEngine(Engine):
                  open_rank: OpenRank, options: ClusterOptions) -> None:
         membership = Membership.leading(paths)
         self._file, self._whole = file, arch
-        self._cut = Cut.of(file, arch, settings.context_length * kv_bytes_per_token(arch.hp, settings.kv_type))
+        self._cut = Cut.of(file, arch, settings.context_length, settings.kv_type)
         self._options, self._settings, self._open_rank = options, settings, open_rank
         self._plans = Plans(paths)
         self._cache, self._profile, self._name = SliceCache(paths), profile, membership.name
@@ -187,7 +186,7 @@ class ClusterEngine(Engine):
         if kept is not None:
             own = [one for one in devices if one.name in chosen.devices]
             before = predict(self._cut, self._whole.hp, own, kept, 4 * self._whole.hp.hidden_size)
-            if before.tokens_per_s >= WORTH_KEEPING * chosen.tokens_per_s:
+            if is_worth_keeping(before, chosen):
                 return before
         self._plans.put(key, chosen.shards)
         return chosen

@@ -1,9 +1,10 @@
 """Which devices answer fastest together, predicted from what was measured: pure functions.
 
 time per token = for every block, what the slowest rank computes, for they meet after it; 2L sums over the network; the
-output head, on the leader alone or by rows on all, whose logits then travel to it. Where weights stream, no less than
-what the slowest disk reads meanwhile. Sources: TPI-LLM, arXiv 2410.00531, appendix A.1, with speeds per device; what a
-device takes is the memory manager's (edgert/memory/).
+head, on the leader alone or by rows on all, whose logits then travel to it. What streams passes memory twice, and a
+token takes what its disk does. A device has its part by speed, or what it holds, or what it holds and reads meanwhile.
+Sources: TPI-LLM, arXiv 2410.00531, appendix A.1, with speeds per device; what a device takes is the memory manager's
+(edgert/memory/).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import get_args
 
 from edgert.architectures.base import Hyperparameters
 from tensorpar.collectives import Network, choose, seconds
+from tensorpar.division import Yields, shard
 from tensorpar.profile import Profile
-from tensorpar.shares import Balance, Bytes, Cut, Shard, length, shard, splits_head
+from tensorpar.shares import Bytes, Cut, Shard, length, splits_head
 
 # What a sum costs beside the wire: packing, TLS, adding, and the interpreter (benchmarks/cluster.py).
 SOFTWARE_S = 0.05e-3
@@ -24,8 +26,18 @@ SOFTWARE_S = 0.05e-3
 _LAYER_S = 2e-5
 # Of a question and its answer: attention over so many cached tokens.
 N_CACHED = 256
-# Beside weights and KV cache: compute buffers, and what the process grows by (Qwen2.5-1.5B: 20 to 22 MiB).
-_BESIDE_BYTES = 32 * 2**20
+# What a layer takes more where its weights are not mapped: two blocks are bound anew for every token.
+_BLOCKS_S = 7e-5
+# Beside weights and KV cache: what the process grows by, rows of the embedding, the ends of pieces (Qwen2.5-1.5B: 16
+# MiB); and compute buffers: so many vectors of the hidden size and of the FFN's, for a part of a batch.
+_BESIDE_BYTES, _PART_TOKENS, _HIDDEN_VECTORS, _FFN_VECTORS = 18 * 2**20, 128, 9, 3
+# One start leaves a device some MiB less than another.
+_SPARE_BYTES = 8 * 2**20
+# What streams passes a window: a piece that computes, one that waits, and 20 MiB on their way (edgert/memory/model.py).
+_WINDOW_BYTES = 52 * 2**20
+_BISECTIONS = 30
+# Where devices read, for so many times as long as they must, or as computing takes.
+_READING = (1.0, 1.25, 1.6, 2.5)
 # A device this near to the fastest counts as equally fast: two measurements of one differ by as much, and who has more
 # than its part is waited for at every sum.
 _ALIKE = 0.93
@@ -64,16 +76,47 @@ def predictions(cut: Cut, hp: Hyperparameters, devices: Sequence[Device],
                 wire_bytes: int | None = None) -> list[Prediction]:
     """One for every useful subset of the devices, of which the first leads; the fastest first."""
     found = [max((predict(cut, hp, subset, shards, wire_bytes or 4 * hp.hidden_size)
-                  for shards in _divisions(cut, subset)), key=lambda one: one.tokens_per_s)
+                  for shards in dict.fromkeys(_divisions(cut, hp, subset))),
+                 key=lambda one: (one.tokens_per_s, -one.missing_bytes))
              for subset in _subsets(devices) if len(subset) <= cut.max_ranks]
     return sorted(found, key=lambda one: (-one.tokens_per_s, len(one.devices)))
 
 
-def _divisions(cut: Cut, devices: Sequence[Device]) -> Iterator[tuple[Shard, ...]]:
-    """What is worth a prediction: by each balance, the output head on the leader, and by rows on all."""
-    for balance in get_args(Balance):
-        for by_rows in (False, True) if 1 < len(devices) <= cut.max_head_ranks else (False,):
-            yield shard(cut, _weights(cut, devices, balance, by_rows=by_rows), balance, splits_head=by_rows)
+def _divisions(cut: Cut, hp: Hyperparameters, devices: Sequence[Device]) -> Iterator[tuple[Shard, ...]]:
+    """What is worth a prediction: the output head on the leader, and by rows on all; by speed and, where something
+    would stream then, by what devices have room for."""
+    rates = _rates(cut, devices)
+    for by_rows in (False, True) if 1 < len(devices) <= cut.max_head_ranks else (False,):
+        fastest = shard(cut, rates, splits_head=by_rows)
+        yield fastest
+        if any(_missing_bytes(cut, hp, devices, fastest)):
+            for rooms in _rooms(cut, hp, devices, 1 / sum(rates)):
+                for yields in get_args(Yields):
+                    yield shard(cut, rates, rooms, splits_head=by_rows, yields=yields)
+
+
+def _rooms(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], compute_s: float) -> Iterator[list[float]]:
+    """Bytes of weights and cache for each device: what it holds, with some to spare where there are; and what it holds
+    and reads, when all read for equally long."""
+    held = [one.profile.memory_bytes - _beside_bytes(cut, hp, len(devices), leads=rank == 0)
+            for rank, one in enumerate(devices)]
+
+    def and_read(seconds_: float) -> list[float]:
+        return [max(n_bytes, n_bytes - _WINDOW_BYTES + seconds_ * one.profile.disk_bytes_s, 0.0)
+                for n_bytes, one in zip(held, devices, strict=True)]
+
+    wanted = cut.attention_bytes + cut.stored_ffn_bytes + cut.head_bytes + cut.kv_bytes
+    spare_bytes = _SPARE_BYTES if sum(held) - _SPARE_BYTES * len(held) >= wanted else 0
+    yield [float(one - spare_bytes) for one in held]
+    least_s, most_s = 0.0, max(0.0, *((wanted + _WINDOW_BYTES - n_bytes) / one.profile.disk_bytes_s
+                                      for n_bytes, one in zip(held, devices, strict=True)))
+    for _ in range(_BISECTIONS):
+        middle_s = (least_s + most_s) / 2
+        if sum(and_read(middle_s)) < wanted:
+            least_s = middle_s
+        else:
+            most_s = middle_s
+    yield from (and_read(more * max(most_s, compute_s)) for more in _READING)
 
 
 def _subsets(devices: Sequence[Device]) -> Iterator[list[Device]]:
@@ -90,14 +133,14 @@ def predict(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Se
             wire_bytes: int) -> Prediction:
     """What these devices would do with these shards."""
     pairs = list(zip(devices, shards, strict=True))
-    over = [min(cut.read_bytes(one), max(0, cut.kept_bytes(one) + _BESIDE_BYTES - device.profile.memory_bytes))
-            for device, one in pairs]
+    missing = _missing_bytes(cut, hp, devices, shards)
     together_s = (max(_attention_s(cut, hp, device.profile, one) for device, one in pairs)
                   + max(_product_s(device.profile, cut.ffn, length(one.ffn) / cut.ffn_size) for device, one in pairs)
                   + max(_product_s(device.profile, cut.head, length(one.head_rows) / cut.n_head_rows)
                         for device, one in pairs)
-                  + _LAYER_S * hp.n_layers)
-    read_s = max(n_bytes / device.profile.disk_bytes_s for n_bytes, device in zip(over, devices, strict=True))
+                  + max(n_bytes / device.profile.bytes_per_s for n_bytes, device in zip(missing, devices, strict=True))
+                  + (_LAYER_S if _are_mapped(cut, hp, devices, shards) else _LAYER_S + _BLOCKS_S) * hp.n_layers)
+    read_s = max(n_bytes / device.profile.disk_bytes_s for n_bytes, device in zip(missing, devices, strict=True))
     network = network_of(devices[1:])
     network_s = 0.0
     if len(devices) > 1:
@@ -106,7 +149,32 @@ def predict(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Se
         if splits_head(shards):
             network_s += _gather_s(4 * (cut.n_head_rows - length(shards[0].head_rows)), network)
     return Prediction(tuple(one.name for one in devices), tuple(shards), max(together_s, read_s - network_s), network_s,
-                      sum(over), network)
+                      sum(missing), network)
+
+
+def _beside_bytes(cut: Cut, hp: Hyperparameters, n_ranks: int, *, leads: bool) -> int:
+    """What a device needs beside weights and cache. A leader that has no room for the table keeps hidden states: a
+    prompt passes it layer by layer."""
+    values = _HIDDEN_VECTORS * hp.hidden_size + _FFN_VECTORS * cut.ffn_size // n_ranks
+    return _BESIDE_BYTES + 4 * _PART_TOKENS * values + (cut.hidden_bytes if leads else 0)
+
+
+def _are_mapped(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Sequence[Shard]) -> bool:
+    """Whether all have room for their part as a file, with the table."""
+    return all(cut.kept_bytes(one) + (cut.replicated_bytes if one.leads else 0)
+               + _beside_bytes(cut, hp, len(devices), leads=one.leads) <= device.profile.memory_bytes
+               for device, one in zip(devices, shards, strict=True))
+
+
+def _missing_bytes(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Sequence[Shard]) -> list[int]:
+    """What each device reads for every token: what it has no room for, and what makes place for the window."""
+    missing = []
+    for device, one in zip(devices, shards, strict=True):
+        beside_bytes = _beside_bytes(cut, hp, len(devices), leads=one.leads)
+        short = cut.kept_bytes(one) + beside_bytes - device.profile.memory_bytes
+        window_bytes = _WINDOW_BYTES + (0 if one.leads else cut.hidden_bytes)
+        missing.append(min(cut.read_bytes(one), short + window_bytes) if short > 0 else 0)
+    return missing
 
 
 def _gather_s(n_bytes: int, network: Network) -> float:
@@ -125,34 +193,10 @@ def _product_s(profile: Profile, matrices: Bytes, share: float = 1.0) -> float:
     return share * sum(profile.multiply(type_id, n_bytes) for type_id, n_bytes in matrices.items())
 
 
-def _weights(cut: Cut, devices: Sequence[Device], balance: Balance, *, by_rows: bool) -> list[float]:
-    """Each device's part of the work: by speed, and no more than its memory holds while another has room."""
+def _rates(cut: Cut, devices: Sequence[Device]) -> list[float]:
+    """Layers that each device computes in a second, alone."""
     rates = [1 / (_product_s(one.profile, cut.attention) + _product_s(one.profile, cut.ffn)) for one in devices]
-    rates = [max(rates) if one > _ALIKE * max(rates) else one for one in rates]
-    divided_bytes, leaders_bytes = cut.attention_bytes + cut.stored_ffn_bytes + cut.kv_bytes, 0
-    if balance == "bytes" or by_rows:
-        divided_bytes += cut.head_bytes
-    else:
-        leaders_bytes = cut.head_bytes
-    beside = [_BESIDE_BYTES + (leaders_bytes if rank == 0 else 0) for rank in range(len(devices))]
-    caps = [max(one.profile.memory_bytes - n_bytes, 2**20) / divided_bytes
-            for one, n_bytes in zip(devices, beside, strict=True)]
-    if sum(caps) <= 1:
-        return caps  # everybody streams
-    shares, fixed = [0.0] * len(devices), set[int]()
-    while len(fixed) < len(devices):
-        free = [index for index in range(len(devices)) if index not in fixed]
-        left = 1 - sum(shares[index] for index in fixed)
-        rate = sum(rates[index] for index in free)
-        for index in free:
-            shares[index] = left * rates[index] / rate
-        full = [index for index in free if shares[index] > caps[index]]
-        if not full:
-            break
-        for index in full:
-            shares[index] = caps[index]
-            fixed.add(index)
-    return shares
+    return [max(rates) if one > _ALIKE * max(rates) else one for one in rates]
 
 
 def network_of(workers: Sequence[Device]) -> Network:

@@ -12,10 +12,11 @@ from typing import Any
 
 from edgert.cache_file import read_cache, write_cache
 from edgert.paths import Paths
+from tensorpar.planner import Prediction
 from tensorpar.shares import Cut, Range, Shard, covers
 
 # A kept plan may be this much slower than a new one would be: sending weights anew takes longer than it gains.
-WORTH_KEEPING = 0.85
+_WORTH_KEEPING = 0.85
 _MAX_PLANS = 64
 
 
@@ -43,6 +44,12 @@ class Plans:
         plans[key] = [asdict(one) for one in shards]
         kept = dict(list(plans.items())[-_MAX_PLANS:])
         write_cache(self._path, kept)  # lost, it costs weights that travel again, no more
+
+
+def is_worth_keeping(before: Prediction, anew: Prediction) -> bool:
+    """Whether the earlier parts do as well as new ones. Not where they would stream now, and new ones not at all."""
+    streams_now = before.missing_bytes > 0 and anew.missing_bytes == 0
+    return before.tokens_per_s >= _WORTH_KEEPING * anew.tokens_per_s and not streams_now
 
 
 def _shard(raw: dict[str, Any], leads: bool) -> Shard:

@@ -1,11 +1,8 @@
-"""Which heads and which part of the FFN each rank computes: pure arithmetic over a model's sizes.
+"""Which heads and which part of the FFN each rank computes: where a model may be cut, and what its parts weigh.
 
 Attention is divided by whole KV groups, or within a group when there are more ranks than groups (K and V are then on
 several ranks); the FFN, and each expert's, by whole quantisation blocks; the output head by rows, if at all. Nothing is
-quantised anew. Ranks meet after every block, so each block is divided by itself, and who is quick in one cannot make up
-for another; where bytes count instead (memory, disk), the FFN makes up for what heads and the output head leave uneven.
-Knows no bytes of a file (tensorpar/slices.py) and no devices (tensorpar/planner.py).
-Source: TPI-LLM, arXiv 2410.00531, section 3.1.
+quantised anew. Knows no bytes of a file (tensorpar/slices.py); who gets what is decided in tensorpar/division.py.
 """
 
 from __future__ import annotations
@@ -14,20 +11,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Literal
 
 from edgert.architectures.base import Architecture
-from edgert.errors import ClusterError, ModelFileError
+from edgert.engine.kv_cache import KVType, kv_bytes_per_token
+from edgert.errors import ModelFileError
 from edgert.gguf.model_file import ModelFile
 from edgert.gguf.reader import TensorInfo
 
 Range = tuple[int, int]  # from, up to and without
 Bytes = Mapping[int, float]  # by ggml type
-# What is divided evenly: every block's time, or what each rank reads in all.
-Balance = Literal["blocks", "bytes"]
 # Rows of the output head are cut where a repacked layout may be: it takes 4 to 16 rows together.
-_ROWS_UNIT = 64
+ROWS_UNIT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +55,11 @@ class Cut:
     """All experts', where a token reads some."""
     kv_bytes: int = 0
     """A full cache's keys and values, of all KV heads."""
+    hidden_bytes: int = 0
+    """A full context's hidden states: where weights may stream, a prompt passes layer by layer."""
 
     @classmethod
-    def of(cls, model: ModelFile, arch: Architecture, kv_bytes: int = 0) -> Cut:
+    def of(cls, model: ModelFile, arch: Architecture, context_length: int = 0, kv_type: KVType = "f16") -> Cut:
         """The cut of a model whose tensors are checked. Raises ModelFileError where no whole block fits."""
         hp, tensors = arch.hp, model.tensors
         block = _largest_block(tensors.values(), "attn_output.weight")
@@ -81,7 +77,8 @@ class Cut:
         stored = sum(info.n_bytes for info in tensors.values() if _kind(info.name) == "ffn")
         return cls(hp.n_heads, hp.n_kv_heads, block // math.gcd(block, hp.head_dim), ffn_size, ffn_unit,
                    hp.vocab_size, groups["attention"], groups["ffn"], groups["head"], groups["replicated"].total(),
-                   stored, kv_bytes)
+                   stored, context_length * kv_bytes_per_token(hp, kv_type),
+                   context_length * 4 * (hp.hidden_size + hp.carried_size))
 
     @property
     def attention_bytes(self) -> int:
@@ -94,6 +91,11 @@ class Cut:
     @property
     def head_bytes(self) -> int:
         return int(sum(self.head.values()))
+
+    @property
+    def bytes_per_head(self) -> float:
+        """Weights and cache."""
+        return (self.attention_bytes + self.kv_bytes) / self.n_heads
 
     @property
     def group_unit(self) -> int:
@@ -110,7 +112,7 @@ class Cut:
     @property
     def max_head_ranks(self) -> int:
         """Among more ranks than this the rows of the output head cannot be divided."""
-        return self.n_head_rows // _ROWS_UNIT
+        return self.n_head_rows // ROWS_UNIT
 
     @property
     def total_bytes(self) -> int:
@@ -156,82 +158,6 @@ def _kind(name: str) -> str:
 def _largest_block(tensors: Iterable[TensorInfo], *keys: str) -> int:
     """Elements of the largest block among the layers' tensors of these names; sizes are powers of two."""
     return max((info.type.block_size for info in tensors if info.name.endswith(keys)), default=1)
-
-
-def divide(n_units: int, weights: Sequence[float]) -> list[int]:
-    """Share out units by weight, at least one each: the largest remainders get what is left."""
-    if not 0 < len(weights) <= n_units:
-        raise AssertionError(f"{n_units} units for {len(weights)} ranks")
-    total = math.fsum(weights)
-    wanted = [n_units * weight / total if total > 0 else n_units / len(weights) for weight in weights]
-    counts = [max(1, int(one)) for one in wanted]
-    while (surplus := n_units - sum(counts)) != 0:
-        step = 1 if surplus > 0 else -1
-        candidates = [rank for rank, count in enumerate(counts) if step > 0 or count > 1]
-        rank = max(candidates, key=lambda rank: (step * (wanted[rank] - counts[rank]), -rank))
-        counts[rank] += step
-    return counts
-
-
-def shard(cut: Cut, weights: Sequence[float], balance: Balance = "blocks", *,
-          splits_head: bool = False) -> tuple[Shard, ...]:
-    """A shard for each rank by weight; rank 0 leads. `blocks`: each has its part of every block. `bytes`: each reads
-    about its part of all bytes. With `splits_head`, each has rows of the output head; else the leader has all.
-
-    Raises ClusterError when there are more ranks than the model has parts.
-    """
-    n_ranks = len(weights)
-    if n_ranks > cut.max_ranks:
-        raise ClusterError(f"this model divides over at most {cut.max_ranks} devices, not {n_ranks}",
-                           f"Use {cut.max_ranks} of them: --devices {cut.max_ranks}.")
-    if n_ranks == 1:
-        return (cut.whole(),)
-    whole_head: list[tuple[Range, ...]] = [((0, cut.n_head_rows),), *((),) * (n_ranks - 1)]
-    head_rows = _head_rows(cut, weights) if splits_head else whole_head
-    left = weights if balance == "blocks" else _layer_bytes(cut, weights, head_rows)
-    heads = _head_ranges(cut, left)
-    rest = list(left)
-    if balance == "bytes":
-        per_head = cut.attention_bytes / cut.n_heads
-        rest = [max(bytes_ - per_head * (end - start), cut.ffn_bytes * 1e-6)
-                for bytes_, (start, end) in zip(left, heads, strict=True)]
-    counts = divide(cut.ffn_size // cut.ffn_unit, rest)
-    ends = [cut.ffn_unit * end for end in accumulate(counts)]
-    per_kv = cut.n_heads // cut.n_kv_heads
-    ffn = [((end - cut.ffn_unit * count, end),) for end, count in zip(ends, counts, strict=True)]
-    return tuple(Shard((one,), ((one[0] // per_kv, -(-one[1] // per_kv)),), columns, rows, leads=rank == 0)
-                 for rank, (one, columns, rows) in enumerate(zip(heads, ffn, head_rows, strict=True)))
-
-
-def _head_rows(cut: Cut, weights: Sequence[float]) -> list[tuple[Range, ...]]:
-    ends = [_ROWS_UNIT * end for end in accumulate(divide(cut.max_head_ranks, weights))]
-    return [((start, end),) for start, end in pairwise([0, *ends[:-1], cut.n_head_rows])]
-
-
-def _layer_bytes(cut: Cut, weights: Sequence[float], head_rows: Sequence[tuple[Range, ...]]) -> list[float]:
-    """Bytes of layers that each rank is to read. What it has of the output head counts as part of its share."""
-    total = math.fsum(weights)
-    left = [cut.total_bytes * weight / total - cut.head_bytes * length(rows) / cut.n_head_rows
-            for weight, rows in zip(weights, head_rows, strict=True)]
-    return [max(one, cut.total_bytes * 1e-6) for one in left]
-
-
-def _head_ranges(cut: Cut, weights: Sequence[float]) -> list[Range]:
-    n_groups = cut.n_heads // cut.group_unit
-    if len(weights) <= n_groups:
-        ends = [cut.group_unit * end for end in accumulate(divide(n_groups, weights))]
-        return list(zip([0, *ends[:-1]], ends, strict=True))
-    # More ranks than groups: each group is shared by some ranks in a row, within it by weight.
-    ranges: list[Range] = []
-    ranks = iter(weights)
-    for group, n_ranks in enumerate(divide(len(weights), [1.0] * n_groups)):
-        own = [next(ranks) for _ in range(n_ranks)]
-        unit = cut.head_unit if n_ranks > 1 else cut.group_unit
-        start = group * cut.group_unit
-        for count in divide(cut.group_unit // unit, own):
-            ranges.append((start, start + count * unit))
-            start += count * unit
-    return ranges
 
 
 def covers(cut: Cut, shards: Sequence[Shard]) -> bool:

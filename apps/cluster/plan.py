@@ -10,7 +10,6 @@ from pathlib import Path
 from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
 from edgert.device import cluster_profile, matrix_types
-from edgert.engine.kv_cache import kv_bytes_per_token
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.models.catalog import Catalog
@@ -42,8 +41,7 @@ def plan(args: argparse.Namespace) -> int:
                      for one in workers.connected)]
     finally:
         workers.close()
-    kv_bytes = context_length_of(arch, options) * kv_bytes_per_token(arch.hp, options.kv_type)
-    found = predictions(Cut.of(file, arch, kv_bytes), arch.hp, devices)
+    found = predictions(Cut.of(file, arch, context_length_of(arch, options), options.kv_type), arch.hp, devices)
     if args.json:
         print(json.dumps({"model": str(file.path), "predictions": [_object(one) for one in found],
                           "reason": reason(found[0], found)}))

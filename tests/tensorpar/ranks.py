@@ -22,8 +22,9 @@ from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Tensor
 from edgert.gguf.model_file import ModelFile
 from tensorpar.collectives import Group, Network, PassStart
+from tensorpar.division import shard
 from tensorpar.link import Link
-from tensorpar.shares import Cut, Shard, shard, splits_head
+from tensorpar.shares import Cut, Shard, splits_head
 from tensorpar.slice_file import SliceFile
 from tensorpar.wire import WireName
 

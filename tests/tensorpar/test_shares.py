@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast, get_args
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from edgert.errors import ClusterError
-from tensorpar.shares import Cut, Range, Shard, covers, divide, length, merge, shard, splits_head
+from tensorpar.division import Yields, divide, shard
+from tensorpar.shares import Cut, Range, Shard, covers, length, merge, splits_head
 
 LLAMA_8B = Cut(n_heads=32, n_kv_heads=8, head_unit=2, ffn_size=14336, ffn_unit=256, n_head_rows=128_256,
                attention={12: 750_000_000}, ffn={12: 3_200_000_000}, head={14: 430_000_000},
@@ -41,19 +43,37 @@ def test_ranks_that_meet_after_each_block_have_their_part_of_each(cut: Cut, weig
     assert [one.ffn for one in shards] == [(one,) for one in ffn]
 
 
-@pytest.mark.parametrize(("cut", "weights", "heads", "ffn"), [
-    (LLAMA_8B, [1], [(0, 32)], [(0, 14336)]),
-    (LLAMA_8B, [1, 1], [(0, 16), (16, 32)], [(0, 6144), (6144, 14336)]),  # the leader has the output head too
-    (LLAMA_8B, [5, 3, 2], [(0, 12), (12, 24), (24, 32)], [(0, 6656), (6656, 11264), (11264, 14336)]),
-    (QWEN_1_5B, [1, 1], [(0, 6), (6, 12)], [(0, 3072), (3072, 8960)]),
-    (QWEN_1_5B, [1, 1, 1], [(0, 2), (2, 6), (6, 12)], [(0, 1536), (1536, 5376), (5376, 8960)]),  # KV head 0 is twice
+@pytest.mark.parametrize(("most", "expected"), [
+    ((), [4, 3]), ((9, 9), [4, 3]), ((3.9, 9), [3, 4]), ((4, 5), [3, 4]), ((0, 9), [1, 6]), ((float("inf"), 2), [5, 2]),
+    ((2, 2), [4, 3]), ((1, 4), [2, 5]),  # where there is no room for all, everybody has somewhat more
 ])
-def test_where_bytes_count_the_ffn_makes_up_for_heads(cut: Cut, weights: list[float], heads: list[Range],
-                                                      ffn: list[Range]) -> None:
-    shards = shard(cut, weights, "bytes")
-    assert [one.heads for one in shards] == [(one,) for one in heads]
-    assert [one.ffn for one in shards] == [(one,) for one in ffn]
-    assert [one.leads for one in shards] == [rank == 0 for rank in range(len(weights))]
+def test_who_has_room_takes_what_others_have_none_for(most: tuple[float, ...], expected: list[int]) -> None:
+    assert divide(7, [1, 1], most) == expected
+
+
+@pytest.mark.parametrize(("rooms", "yields", "heads", "ffn", "rows"), [
+    ((500e6, 500e6), "rows", 6, 4608, 75_968),
+    ((490e6, 600e6), "rows", 6, 4352, 75_968),  # 17 of the FFN's 35 units
+    ((440e6, 600e6), "rows", 6, 4352, 47_232), ((440e6, 600e6), "ffn", 6, 3840, 75_968),
+    ((300e6, 800e6), "rows", 6, 3072, 10_880), ((300e6, 800e6), "ffn", 6, 1792, 75_968),
+])
+def test_who_has_no_room_for_its_part_has_less_of_some(rooms: tuple[float, ...], yields: Yields, heads: int, ffn: int,
+                                                       rows: int) -> None:
+    cut = replace(QWEN_1_5B, kv_bytes=30_000_000)
+    shards = shard(cut, [1, 1], rooms, splits_head=True, yields=yields)
+    assert covers(cut, shards)
+    first = shards[0]
+    assert (length(first.heads), length(first.ffn), length(first.head_rows)) == (heads, ffn, rows)
+    assert all(cut.kept_bytes(one) <= room for one, room in zip(shards, rooms, strict=True))
+
+
+def test_heads_with_a_long_cache_go_where_it_has_room() -> None:
+    cut = replace(LLAMA_8B, kv_bytes=8_000_000_000)
+    rooms = 3e9, 15e9
+    for yields, heads in (("rows", 8), ("heads", 4)):
+        shards = shard(cut, [1, 1], rooms, splits_head=True, yields=cast(Yields, yields))
+        assert covers(cut, shards) and length(shards[0].heads) == heads
+        assert all(cut.kept_bytes(one) <= room for one, room in zip(shards, rooms, strict=True))
 
 
 @st.composite
@@ -74,7 +94,8 @@ def test_every_head_and_column_is_computed_once(cut: Cut, data: st.DataObject) -
     n_ranks = data.draw(st.integers(1, cut.max_ranks))
     weights = data.draw(st.lists(st.floats(0.01, 100), min_size=n_ranks, max_size=n_ranks))
     splits = n_ranks <= cut.max_head_ranks and data.draw(st.booleans())
-    shards = shard(cut, weights, data.draw(st.sampled_from(["blocks", "bytes"])), splits_head=splits)
+    rooms = data.draw(st.lists(st.floats(-1e9, 4e9), min_size=n_ranks, max_size=n_ranks) | st.just([]))
+    shards = shard(cut, weights, rooms, splits_head=splits, yields=data.draw(st.sampled_from(get_args(Yields))))
     assert covers(cut, shards)
     assert all(length(one.heads) and length(one.ffn) for one in shards)
     assert splits_head(shards) == (splits and n_ranks > 1)

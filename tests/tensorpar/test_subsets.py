@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edgert.architectures.base import Hyperparameters
 from edgert.architectures.registry import open_architecture
@@ -14,12 +17,13 @@ from edgert.gguf.model_file import ModelFile
 from edgert.memory.profile import DeviceProfile
 from edgert.paths import Paths
 from tensorpar.collectives import Algorithm, Network, choose, seconds
-from tensorpar.planner import Device, predict, predictions, reason
-from tensorpar.plans import Plans
+from tensorpar.division import shard
+from tensorpar.planner import Device, Prediction, predict, predictions, reason
+from tensorpar.plans import Plans, is_worth_keeping
 from tensorpar.profile import Profile
-from tensorpar.shares import Cut, covers, length, shard, splits_head
+from tensorpar.shares import Cut, Shard, covers, length, splits_head
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 CUT = Cut(32, 8, 2, 14336, 256, 128_256, {12: 750_000_000}, {12: 3_200_000_000}, {14: 430_000_000}, 300_000_000,
           3_200_000_000)
 
@@ -92,14 +96,87 @@ def test_devices_that_are_measured_about_alike_have_equal_parts(hp: Hyperparamet
     assert (length(first.ffn) == length(second.ffn)) == is_alike
 
 
+def both(cut: Cut, hp: Hyperparameters, pair: Sequence[Device]) -> Prediction:
+    return next(one for one in predictions(cut, hp, pair) if len(one.devices) == 2)
+
+
 def test_what_must_fit_is_weights_and_cache_but_not_the_embedding_table(hp: Hyperparameters) -> None:
     kept = CUT.attention_bytes + CUT.ffn_bytes + CUT.head_bytes
-    half = (kept + 2 * 32 * 2**20) // 2
-    for memory_bytes, kv_bytes, missing in ((half + 2**24, 0, False), (half - 2**26, 0, True),
-                                            (half + 2**24, 2**28, True)):
+    half = kept // 2 + 48 * MIB
+    for memory_bytes, more, missing in ((half + 16 * MIB, {}, False), (half - 64 * MIB, {}, True),
+                                        (half + 16 * MIB, {"kv_bytes": 256 * MIB}, True),
+                                        (half + 16 * MIB, {"hidden_bytes": 256 * MIB}, True)):
         pair = [device("a", 20e9, memory_bytes), device("b", 20e9, memory_bytes, 1e-4)]
-        both = next(one for one in predictions(replace(CUT, kv_bytes=kv_bytes), hp, pair) if len(one.devices) == 2)
-        assert (both.missing_bytes > 0) == missing
+        assert (both(replace(CUT, **more), hp, pair).missing_bytes > 0) == missing
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_nobody_streams_what_another_has_room_for(hp: Hyperparameters, leads: bool) -> None:
+    kept = CUT.attention_bytes + CUT.ffn_bytes + CUT.head_bytes
+    short, roomy = kept // 2 - 40 * MIB, kept // 2 + 200 * MIB
+    own, others = (short, roomy) if leads else (roomy, short)
+    pair = [device("a", 20e9, own), device("b", 20e9, others, 1e-4)]
+    two = both(CUT, hp, pair)
+    assert two.missing_bytes == 0 and covers(CUT, two.shards)
+    assert (CUT.kept_bytes(two.shards[0]) < CUT.kept_bytes(two.shards[1])) == leads
+    # By speed alone, who is short would read what it lacks, and as much again as a window takes.
+    halves = predict(CUT, hp, pair, shard(CUT, [1, 1], splits_head=True), 16384)
+    assert halves.missing_bytes > 80 * MIB and halves.tokens_per_s < two.tokens_per_s
+
+
+def test_what_streams_passes_memory_twice_and_is_waited_for(hp: Hyperparameters) -> None:
+    shards = shard(CUT, [1, 1])
+    pair = [device("a", 20e9, 8 * GIB), device("b", 20e9, 8 * GIB, 1e-4)]
+    short = replace(pair[1], profile=replace(pair[1].profile, memory_bytes=GIB, disk_bytes_s=1e12))
+    mapped, streams = (predict(CUT, hp, [pair[0], one], shards, 16384) for one in (pair[1], short))
+    assert mapped.missing_bytes == 0 < streams.missing_bytes
+    assert streams.compute_s == pytest.approx(mapped.compute_s + streams.missing_bytes / 20e9 + 7e-5 * hp.n_layers)
+    slow = replace(short, profile=replace(short.profile, disk_bytes_s=1e8))
+    waits = predict(CUT, hp, [pair[0], slow], shards, 16384)
+    assert waits.compute_s + waits.network_s == pytest.approx(waits.missing_bytes / 1e8)
+
+
+@pytest.mark.parametrize(("slower", "before", "anew", "keeps"), [
+    (1.0, 0, 0, True), (1.1, 0, 0, True), (1.3, 0, 0, False), (1.1, MIB, MIB, True), (1.0, MIB, 0, False)])
+def test_parts_stay_unless_new_ones_are_much_faster_or_stream_no_more(hp: Hyperparameters, slower: float, before: int,
+                                                                     anew: int, keeps: bool) -> None:
+    one = predict(CUT, hp, [LAPTOP], [CUT.whole()], 16384)
+    assert is_worth_keeping(replace(one, compute_s=slower * one.compute_s, missing_bytes=before),
+                            replace(one, missing_bytes=anew)) == keeps
+
+
+def test_a_slow_device_with_room_gets_no_more_than_reading_costs(hp: Hyperparameters) -> None:
+    quick, slow = device("quick", 20e9, 2 * GIB), device("slow", 1e9, 16 * GIB, 1e-4)
+    quick = replace(quick, profile=replace(quick.profile, disk_bytes_s=3e9))
+    two = both(CUT, hp, [quick, slow])
+    assert two.missing_bytes > GIB and CUT.kept_bytes(two.shards[0]) > 2 * CUT.kept_bytes(two.shards[1])
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_other_division_is_much_faster(hp: Hyperparameters, data: st.DataObject) -> None:
+    """Against every division of a model with few places to be cut at."""
+    sizes, share = st.integers(50, 800), st.floats(0.2, 1.5)
+    attention, ffn, head = (data.draw(sizes) * MIB for _ in range(3))
+    cut = Cut(8, 4, 2, 8 * 256, 256, 8 * 64, {12: attention}, {12: ffn}, {14: head}, 0, ffn,
+              data.draw(st.sampled_from([0, 400])) * MIB)
+    pair = []
+    for latency_s in (0.0, 1e-4):
+        one = device(f"{latency_s}", data.draw(st.sampled_from([5e9, 20e9])),
+                     int((cut.total_bytes + cut.kv_bytes) * data.draw(share)), latency_s)
+        disk = data.draw(st.sampled_from([1e8, 3e9]))
+        pair.append(replace(one, profile=replace(one.profile, disk_bytes_s=disk)))
+    best = max(predict(cut, hp, pair, shards, 16384).tokens_per_s for shards in every_division(cut))
+    assert both(cut, hp, pair).tokens_per_s > 0.8 * best
+
+
+def every_division(cut: Cut) -> Iterator[tuple[Shard, ...]]:
+    """Over two ranks; the head by rows, or the leader's."""
+    groups, ffn, rows = range(1, cut.n_kv_heads), range(256, cut.ffn_size, 256), (*range(64, cut.n_head_rows, 64), 512)
+    for kv, columns, end in product(groups, ffn, rows):
+        first, second = (0, end), (end, cut.n_head_rows)
+        yield (Shard(((0, 2 * kv),), ((0, kv),), ((0, columns),), (first,), leads=True),
+               Shard(((2 * kv, 8),), ((kv, 4),), ((columns, cut.ffn_size),), (second,) if end < 512 else ()))
 
 
 def test_devices_that_meet_after_every_block_wait_for_the_slowest_of_each(hp: Hyperparameters) -> None:
