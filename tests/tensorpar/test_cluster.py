@@ -213,6 +213,11 @@ def test_a_cancelled_answer_leaves_the_cluster_in_step(model: Path, tmp_path: Pa
                 assert again.token_ids == expected
 
 
+def holds_a_slice(worker: WorkerProcess) -> bool:
+    assert worker.process is not None
+    return any("slices" in one.path for one in psutil.Process(worker.process.pid).memory_maps())
+
+
 def test_workers_wait_again_when_their_leader_is_gone(model: Path, tmp_path: Path, at_home: AtHome) -> None:
     with cluster(tmp_path, 1, measured=False) as made:
         at_home(made.leader_home)
@@ -221,15 +226,33 @@ def test_workers_wait_again_when_their_leader_is_gone(model: Path, tmp_path: Pat
             assert answer(runtime, 2).result() is not None
             engine = runtime.engine
             assert isinstance(engine, ClusterEngine)
-            files = [one.path for one in psutil.Process(worker.process.pid).memory_maps()]
-            assert any("slices" in one for one in files)
+            assert holds_a_slice(worker)
         wait_until(lambda: "the leader has gone" in worker.log())
-        files = [one.path for one in psutil.Process(worker.process.pid).memory_maps()]
-        assert not any("slices" in one for one in files)
+        assert not holds_a_slice(worker)
         with loaded(model) as runtime:
             assert names(runtime) == ["leader", "worker1"]
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_workers_wait_again_when_their_leader_dies_in_an_answer(model: Path, tmp_path: Path, at_home: AtHome,
+                                                                how: str) -> None:
+    with cluster(tmp_path, 2, measured=False) as made:
+        at_home(made.leader_home)
+        command = ("run", model, "hello", "--raw", "--temp", 0, "--max-tokens", 400, "--threads", 1, "--context", 512,
+                   "--cluster", "--devices", "all")
+        with start([str(one) for one in command], env={**os.environ, "EDGERT_HOME": str(made.leader_home)}) as leader:
+            assert leader.stdin is not None and leader.stdout is not None
+            leader.stdin.close()  # else it waits for more of the prompt
+            assert leader.stdout.read(1)
+            assert all(holds_a_slice(one) for one in made.workers)
+            leader.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+            wait_until(lambda: all("the leader has gone" in one.log() for one in made.workers))
+            assert not any(holds_a_slice(one) for one in made.workers)
+            leader.kill()
+        with loaded(model) as runtime:
+            assert names(runtime) == ["leader", "worker1", "worker2"]
 
 
 def test_a_small_model_is_faster_alone_and_the_plan_says_so(model: Path, tmp_path: Path, at_home: AtHome) -> None:
