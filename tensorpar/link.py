@@ -20,8 +20,9 @@ from tensorpar.frames import HEADER_BYTES, MAX_MESSAGE_BYTES, BadFrame, Header, 
 # How often a wait looks whether the other side is still alive: half of the 100 ms in which a death is to be seen.
 _LOOK_EVERY_MS = 50
 # For so long a wait asks again and again before it sleeps: what comes soon then comes 30-60 us sooner, the time that
-# a sleeping core takes to wake. Between two questions, whoever else wants the core may have it.
-SPIN_S = 3e-4
+# a sleeping core takes to wake. Between two questions, whoever else wants the core may have it. After some waits in a
+# row that lasted longer, what comes is far away, and asking takes the core from ranks and programs that need it.
+SPIN_S, _MAX_SPUN_IN_VAIN = 3e-4, 4
 _let_others: Callable[[], None] = getattr(os, "sched_yield", lambda: None)  # not every Unix has it
 _NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 # A computation of one block of the largest batch on the slowest device; silence is noticed long before (pulse.py).
@@ -52,6 +53,7 @@ class Link:
         self._next: Header | None = None
         self.sent_bytes = self.received_bytes = 0
         self.waited_s = 0.0
+        self._n_long_waits = 0  # in a row
 
     def send(self, kind: Kind, moment: Moment, payload: memoryview | bytes = b"",
              within_s: float = LONGEST_WAIT_S) -> None:
@@ -153,7 +155,7 @@ class Link:
 
     def _wait_for(self, into: memoryview, deadline_s: float, *, is_between: bool) -> int:
         began_s = time.monotonic()
-        spin_until_s = began_s + SPIN_S
+        spin_until_s = began_s + SPIN_S * (self._n_long_waits < _MAX_SPUN_IN_VAIN)
         is_due = not is_between
         if is_due:
             deadline_s = min(deadline_s, began_s + self.stall_s)
@@ -172,7 +174,9 @@ class Link:
                 except OSError as error:
                     raise self._broken(error) from error
         finally:
-            self.waited_s += time.monotonic() - began_s
+            waited_s = time.monotonic() - began_s
+            self.waited_s += waited_s
+            self._n_long_waits = self._n_long_waits + 1 if waited_s > SPIN_S else 0
 
     def _ready(self, event: int, within_ms: int = _LOOK_EVERY_MS) -> bool:
         """Sleep until the socket can be read or written, or it is time to look."""

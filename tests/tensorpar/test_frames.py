@@ -10,7 +10,7 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -119,6 +119,37 @@ def test_a_frame_that_is_due_is_not_waited_for_any_longer(ends: tuple[Link, sock
     timer.join(60)
     with pytest.raises(PeerLost, match="in time"):
         link.peek(within_s=60)
+
+
+def test_who_is_far_away_is_not_asked_again_and_again(ends: tuple[Link, socket.socket],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    link, theirs = ends
+    now_s, n_asked, comes_s = 0.0, 0, 0.0
+
+    def pass_(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+        if now_s >= comes_s:
+            theirs.sendall(pack(Kind.PULSE, Moment(0), 0))
+
+    def let_others() -> None:
+        nonlocal n_asked
+        n_asked += 1
+        pass_(1e-5)
+
+    def asked_in_a_wait_of(seconds: float) -> int:
+        nonlocal comes_s, n_asked
+        comes_s, n_asked = now_s + seconds, 0
+        link.take(memoryview(b""))
+        return n_asked
+
+    monkeypatch.setattr("tensorpar.link.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("tensorpar.link._let_others", let_others)
+    monkeypatch.setattr(link, "_ready", lambda event: pass_(comes_s - now_s) or True)
+    assert all(asked_in_a_wait_of(1e-4) > 5 for _ in range(20))
+    asked = [asked_in_a_wait_of(1e-3) for _ in range(20)]
+    assert asked[0] > 20 and asked[10:] == [0] * 10
+    assert asked_in_a_wait_of(1e-4) == 0 and asked_in_a_wait_of(1e-4) > 5  # near again, so it pays again
 
 
 def test_a_peer_that_does_not_read_is_not_waited_for(ends: tuple[Link, socket.socket]) -> None:
