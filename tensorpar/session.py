@@ -7,6 +7,7 @@ happens. Knows nothing of listening and of certificates (tensorpar/worker.py).
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,7 @@ class Session:
         self._engine: Engine | None = None
         self._opened: tuple[bytes, Settings] | None = None
         self._pulse: Pulse | None = None
-        self._ended = False
+        self._ended, self._closed = False, threading.Event()
         self._group: Group | None = None
         self._began_s = time.monotonic()
         self._setup: Setup | None = None
@@ -72,9 +73,10 @@ class Session:
         elif time.monotonic() - self._began_s > 10:
             raise PeerLost(0, "it sends no heartbeats")
 
-    def end(self) -> None:
-        """Let `run` return soon. From any thread."""
+    def end(self, within_s: float = 0.0) -> None:
+        """Let `run` return soon, and wait so long for what it has opened to be closed. From any thread."""
         self._ended = True
+        self._closed.wait(within_s)
 
     def run(self) -> str:
         """Serve until the leader goes; why it ended."""
@@ -94,6 +96,7 @@ class Session:
             self._link.close()
             if self._pulse is not None:
                 self._pulse.close()
+            self._closed.set()
 
     def _serve_one(self) -> None:
         """Answer the next frame. A failure of ours is told to the leader; the session goes on."""

@@ -31,6 +31,8 @@ _GREETING_S = 5.0
 # A leader needs two, `status` one; the rest is for those that come and are refused.
 _MAX_CONNECTIONS = 16
 _ACCEPT_S = 0.25
+# Memory is for one leader's part. A session that computes ends after its block; a leader waits 10 s for the greeting.
+_HANDOVER_S = 8.0
 # One line about refused clients in this time: a scan must not fill the disk.
 _LOG_EVERY_S = 10.0
 _log = logging.getLogger(__name__)
@@ -130,7 +132,7 @@ class Worker:
         with self._lock:
             before, self._session, self._session_id = self._session, session, session_id
         if before is not None:
-            before.end()
+            before.end(_HANDOVER_S)
         _log.info("a leader has come")
         why = session.run()
         _log.info("the leader has gone: %s", why)
