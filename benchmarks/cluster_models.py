@@ -48,15 +48,17 @@ def prefill(runtime: Runtime, prompt: Sequence[int] = PROMPT) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Mean milliseconds of a decoded token: in all, and what each rank (the leader first) computed of it while the
-    others did."""
+    """Mean milliseconds of a decoded token: in all; what each rank (the leader first) computed of it while the others
+    did; and the processor's time of each rank, what waiting takes included, and of others who were named."""
 
     token_ms: float
     compute_ms: tuple[float, ...]
+    cpu_ms: tuple[float, ...]
+    others_cpu_ms: float
 
 
-def ranks_ms(runtime: Runtime, made: TestCluster, n_tokens: int) -> Ranks:
-    """Where a token's time goes on every rank."""
+def ranks_ms(runtime: Runtime, made: TestCluster, n_tokens: int, others: Sequence[int] = ()) -> Ranks:
+    """Where a token's time goes on every rank, and in other processes."""
     engine, membership = cast(ClusterEngine, runtime.engine), Membership.load(made.leader_paths)
     assert membership is not None
     group = cast(Group, engine.collective)
@@ -65,14 +67,28 @@ def ranks_ms(runtime: Runtime, made: TestCluster, n_tokens: int) -> Ranks:
         return np.array([ask_status(one.member, membership.identity, one.host, one.port)["session"]["compute_s"]
                          for one in engine._ranks])
 
+    pids = [os.getpid(), *(one.process.pid for one in made.workers if one.process is not None), *others]
+
+    def processors_s() -> NDArray[np.float64]:
+        return np.array([cpu_s(pid) for pid in pids])
+
     prefill(runtime)
-    before_s, waited_s, began_s = workers_s(), group.waited_s, time.perf_counter()
+    before_s, used_s, waited_s, began_s = workers_s(), processors_s(), group.waited_s, time.perf_counter()
     for token_id in range(200, 200 + n_tokens):
         step(runtime, [token_id])
     token_s = time.perf_counter() - began_s
     own_s = token_s - (group.waited_s - waited_s)
     per_token_ms = 1000 / n_tokens
-    return Ranks(token_s * per_token_ms, (own_s * per_token_ms, *((workers_s() - before_s) * per_token_ms)))
+    used_ms = (processors_s() - used_s) * per_token_ms
+    n_ranks = len(pids) - len(others)
+    return Ranks(token_s * per_token_ms, (own_s * per_token_ms, *((workers_s() - before_s) * per_token_ms)),
+                 tuple(used_ms[:n_ranks]), float(used_ms[n_ranks:].sum()))
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of a process so far, those of its threads that have ended included (proc_pid_stat(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def pin(pid: int, core: int) -> None:
@@ -87,5 +103,5 @@ def running(n_workers: int, options: Sequence[str] = ()) -> Iterator[TestCluster
         yield made
 
 
-def load(model: Path, options: ClusterOptions | None, *, memory_bytes: int | None = None) -> Runtime:
-    return Runtime.load(model, threads=1, context=1024, layout="plain", memory=memory_bytes, cluster=options)
+def load(model: Path, options: ClusterOptions | None, *, memory_bytes: int | None = None, threads: int = 1) -> Runtime:
+    return Runtime.load(model, threads=threads, context=1024, layout="plain", memory=memory_bytes, cluster=options)

@@ -8,24 +8,32 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from cluster_models import decode_ms, load, pin, ranks_ms, running
 from cluster_processes import TestCluster
+from cluster_sums import measure_sum
 
+from edgert.architectures.registry import open_architecture
 from edgert.cpu import usable_cores
+from edgert.ggml.library import load_libraries
+from edgert.gguf.model_file import ModelFile
 from tensorpar.collectives import Algorithm, Group, Network, seconds
+from tensorpar.identity import Identity
 from tensorpar.leader import ClusterEngine
 from tensorpar.planner import N_CACHED
 from tensorpar.workers import ClusterOptions
 
 _MEMORY_SHARE, _N_COMPOSED = 0.6, 24
+# Two programs of one process each: a neighbour on the other core, and one that has one thread and then two.
 _DECODE = """
 import os, sys
 from pathlib import Path
@@ -38,11 +46,23 @@ with load(Path(sys.argv[2]), None) as runtime:
     while True:
         decode_ms(runtime, 256)
 """
+_THREADS = """
+import sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from cluster_models import decode_ms, load
+with load(Path(sys.argv[2]), None) as one, load(Path(sys.argv[2]), None, threads=2) as two:
+    print(*(decode_ms(runtime, 32) for _ in range(int(sys.argv[3])) for runtime in (one, two)))
+"""
 
 
 def pays(args: argparse.Namespace) -> None:
     """Two pinned processes against one; and what two cores give at most: two processes that compute all on their own,
-    each beside the other."""
+    each beside the other, and one process that has a thread on each, which need not talk over sockets."""
+    threads = subprocess.run([sys.executable, "-c", _THREADS, str(Path(__file__).parent), str(args.model),
+                              str(args.runs)], capture_output=True, text=True, check=True)
+    in_turn = [float(word) for word in threads.stdout.split()]
+    of_threads = statistics.median(a / b for a, b in zip(in_turn[::2], in_turn[1::2], strict=True))
     pin(os.getpid(), 0)
     with load(args.model, None) as one, _neighbour(args.model):
         beside_ms = decode_ms(one, 32)
@@ -62,21 +82,26 @@ def pays(args: argparse.Namespace) -> None:
               f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}; goal 1.7); rows of the head "
               f"{rows}; {plan['reason']}\nof {found.token_ms:.2f} ms the ranks are busy for {computed}, half of one's "
               f"time is {alone_ms / 2:.2f}; two that share nothing but memory take {beside_ms:.2f} ms a token each, so "
-              f"with sums that cost nothing at most {most:.3f}")
+              f"with sums that cost nothing at most {most:.3f}; two threads of one process are {of_threads:.3f} times "
+              f"as fast as one")
 
 
 @contextmanager
 def _neighbour(model: Path) -> Iterator[None]:
-    """Another process decodes the same model on the other core, on and on."""
-    process = subprocess.Popen([sys.executable, "-c", _DECODE, str(Path(__file__).parent), str(model)],
-                               stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield
-    finally:
-        process.kill()
-        process.wait()
+    """Another process decodes a copy of the model on the other core, on and on: of one file, what one has read from
+    memory the other would find in their cache."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = shutil.copy(model, directory)
+        os.sync()  # else the copy is written while somebody measures
+        process = subprocess.Popen([sys.executable, "-c", _DECODE, str(Path(__file__).parent), copy],
+                                   stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield
+        finally:
+            process.kill()
+            process.wait()
 
 
 def composition(args: argparse.Namespace) -> None:
@@ -106,14 +131,14 @@ def _pin_workers(made: TestCluster) -> None:
 
 
 @contextmanager
-def _far(port: int, delay_ms: float) -> Iterator[int]:
-    """A port that reaches another with so much delay, in a process of its own: its threads would take the interpreter
-    from the leader."""
+def _far(port: int, delay_ms: float) -> Iterator[tuple[int, int]]:
+    """A port that reaches another with so much delay, and the process that does it: its own, for it would take the
+    interpreter from the leader."""
     process = subprocess.Popen([sys.executable, Path(__file__).with_name("delay_relay.py"), "0", f"127.0.0.1:{port}",
                                 "--ms", str(delay_ms)], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
-        yield int(process.stdout.readline())
+        yield int(process.stdout.readline()), process.pid
     finally:
         process.kill()
         process.wait()
@@ -121,29 +146,37 @@ def _far(port: int, delay_ms: float) -> Iterator[int]:
 
 def near_limit(args: argparse.Namespace) -> None:
     """Time per token at a delay, against what the slowest rank computes (while the others do, on these cores) and 2L
-    sums; by the delay as it is set, and as it is measured through relays that need these cores too."""
-    set_s = 1e-3
+    sums: by the delay as it is set, as it is measured through relays that need these cores too, and as long as sums
+    alone take through such relays. And the processor's time of all of them."""
+    set_s, algorithms = 1e-3, get_args(Algorithm)[:2]
+    load_libraries()
+    hp = open_architecture(ModelFile.open(args.model)).hp
     for n_ranks in (2, 4):
+        with tempfile.TemporaryDirectory() as directory:
+            identity = Identity.load_or_create(Path(directory), "bench")
+            sums_s = {one: measure_sum(n_ranks, 1000 * set_s, one, identity, hp.hidden_size)[0] / 1000
+                      for one in algorithms}
         with running(n_ranks - 1) as made, ExitStack() as relays:
-            _redirect(made, [relays.enter_context(_far(one.port, 1000 * set_s)) for one in made.workers])
-            algorithms: tuple[Algorithm, ...] = ("star", "one-shot")
+            far = [relays.enter_context(_far(one.port, 1000 * set_s)) for one in made.workers]
+            _redirect(made, [port for port, _ in far])
             for algorithm in algorithms:
                 with load(args.model, ClusterOptions("all", discovery_s=0, algorithm=algorithm)) as runtime:
                     engine = cast(ClusterEngine, runtime.engine)
-                    found = ranks_ms(runtime, made, 32)
+                    found = ranks_ms(runtime, made, 32, [pid for _, pid in far])
                     if len(engine._ranks) != n_ranks - 1:
                         print(f"N={n_ranks}: a worker was lost meanwhile")
                         continue
-                    hp, slowest_ms = engine.arch.hp, max(found.compute_ms)
                     network = cast(Group, engine.collective).network
-                    limits_ms = [slowest_ms + 2000 * hp.n_layers * seconds(
-                        algorithm, 4 * hp.hidden_size, n_ranks, Network(latency_s, 1e9, True))
-                        for latency_s in (set_s, network.latency_s)]
-                    computed = " ".join(f"{one:.1f}" for one in found.compute_ms)
+                    physical_s = [seconds(algorithm, 4 * hp.hidden_size, n_ranks, Network(latency_s, 1e9, True))
+                                  for latency_s in (set_s, network.latency_s)]
+                    of_set, of_measured, of_sums = (found.token_ms / (max(found.compute_ms) + 2000 * hp.n_layers * one)
+                                                    for one in (*physical_s, sums_s[algorithm]))
+                    computed, used = (" ".join(f"{one:.1f}" for one in ms) for ms in (found.compute_ms, found.cpu_ms))
                     print(f"N={n_ranks} {algorithm:<8} {found.token_ms:7.2f} ms a token; ranks compute {computed} ms; "
-                          f"{found.token_ms / limits_ms[0]:.3f}x of the slowest and 2L sums at {1000 * set_s:.2f} ms, "
-                          f"{found.token_ms / limits_ms[1]:.3f}x at {1000 * network.latency_s:.2f} ms as measured "
-                          f"(goal 1.10x); {usable_cores()} cores", flush=True)
+                          f"{of_set:.3f}x of the slowest and 2L sums at {1000 * set_s:.2f} ms (goal 1.10x), "
+                          f"{of_measured:.3f}x at {1000 * network.latency_s:.2f} ms as measured, {of_sums:.3f}x at "
+                          f"{1000 * sums_s[algorithm]:.2f} ms for a sum alone; processors' time of ranks {used} ms, of "
+                          f"relays {found.others_cpu_ms:.1f}; {usable_cores()} cores", flush=True)
 
 
 def _redirect(made: TestCluster, ports: Sequence[int]) -> None:
@@ -165,7 +198,7 @@ def predicted(args: argparse.Namespace) -> None:
     for delay_ms in args.delays:
         with running(1) as made, ExitStack() as relays:
             _pin_workers(made)
-            _redirect(made, [relays.enter_context(_far(one.port, delay_ms)) if delay_ms else one.port
+            _redirect(made, [relays.enter_context(_far(one.port, delay_ms))[0] if delay_ms else one.port
                              for one in made.workers])
             for devices in (1, 2):
                 with load(args.model, ClusterOptions(devices, discovery_s=0)) as runtime:

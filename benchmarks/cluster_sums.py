@@ -107,7 +107,7 @@ def _gloo_rank(rank: int, n_ranks: int, path: str, result: Any) -> None:
         result.send(_typical(times))
 
 
-def _measure_sum(n_ranks: int, delay_ms: float, algorithm: Algorithm, identity: Identity | None,
+def measure_sum(n_ranks: int, delay_ms: float, algorithm: Algorithm, identity: Identity | None,
                  n_values: int = _HIDDEN) -> tuple[float, float]:
     """Milliseconds of a sum, as rank 1 sees it, and of its own processor's time in it."""
     ends, pass_on = _wire(n_ranks, delay_ms)
@@ -156,7 +156,7 @@ def collectives(_: argparse.Namespace) -> None:
         for n_ranks in (2, 4):
             for delay_ms in _DELAYS_MS:
                 for name, who in (("plain", None), ("TLS", identity)):
-                    row = [_measure_sum(n_ranks, delay_ms, one, who) for one in algorithms]
+                    row = [measure_sum(n_ranks, delay_ms, one, who) for one in algorithms]
                     passed, own = zip(*row, strict=True)
                     print(f"{n_ranks:>5} {delay_ms:>8} {name:>6} {passed[0]:>8.3f} {passed[1]:>9.3f} {passed[2]:>8.3f}"
                           f"   {own[0]:>9.3f} {own[1]:>9.3f} {own[2]:>8.3f}", flush=True)
@@ -178,7 +178,7 @@ def tls(args: argparse.Namespace) -> None:
         identity = Identity.load_or_create(Path(directory), "bench")
         for n_ranks in (2, 4):
             for way in ways:
-                rounds = [[_measure_sum(n_ranks, 0.0, way, who, hp.hidden_size)[0] for who in (None, identity)]
+                rounds = [[measure_sum(n_ranks, 0.0, way, who, hp.hidden_size)[0] for who in (None, identity)]
                           for _ in range(args.runs)]
                 plain_ms, tls_ms = (2 * hp.n_layers * statistics.median(one) for one in zip(*rounds, strict=True))
                 print(f"N={n_ranks} {way:<8} {2 * hp.n_layers} sums of {hp.hidden_size} float32: plain {plain_ms:.2f} "
