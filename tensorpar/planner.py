@@ -10,7 +10,7 @@ Sources: TPI-LLM, arXiv 2410.00531, appendix A.1, with speeds per device; what a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import get_args
 
@@ -75,11 +75,22 @@ class Prediction:
 def predictions(cut: Cut, hp: Hyperparameters, devices: Sequence[Device],
                 wire_bytes: int | None = None) -> list[Prediction]:
     """One for every useful subset of the devices, of which the first leads; the fastest first."""
-    found = [max((predict(cut, hp, subset, shards, wire_bytes or 4 * hp.hidden_size)
-                  for shards in dict.fromkeys(_divisions(cut, hp, subset))),
-                 key=lambda one: (one.tokens_per_s, -one.missing_bytes))
+    found = [_best(cut, hp, subset, wire_bytes or 4 * hp.hidden_size)
              for subset in _subsets(devices) if len(subset) <= cut.max_ranks]
     return sorted(found, key=lambda one: (-one.tokens_per_s, len(one.devices)))
+
+
+def _best(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], wire_bytes: int) -> Prediction:
+    """What these devices do, divided in the best way: with memory to spare, if nobody streams then."""
+    with_less = [replace(one, profile=replace(one.profile, memory_bytes=one.profile.memory_bytes - _SPARE_BYTES))
+                 for one in devices]
+    for assumed in (with_less, devices):
+        best = max((predict(cut, hp, assumed, shards, wire_bytes)
+                    for shards in dict.fromkeys(_divisions(cut, hp, assumed))),
+                   key=lambda one: (one.tokens_per_s, -one.missing_bytes))
+        if best.missing_bytes == 0:
+            break
+    return predict(cut, hp, devices, best.shards, wire_bytes)
 
 
 def _divisions(cut: Cut, hp: Hyperparameters, devices: Sequence[Device]) -> Iterator[tuple[Shard, ...]]:
@@ -96,18 +107,17 @@ def _divisions(cut: Cut, hp: Hyperparameters, devices: Sequence[Device]) -> Iter
 
 
 def _rooms(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], compute_s: float) -> Iterator[list[float]]:
-    """Bytes of weights and cache for each device: what it holds, with some to spare where there are; and what it holds
-    and reads, when all read for equally long."""
+    """Bytes of weights and cache for each device: what it holds; and what it holds and reads, when all read for equally
+    long."""
     held = [one.profile.memory_bytes - _beside_bytes(cut, hp, len(devices), leads=rank == 0)
             for rank, one in enumerate(devices)]
+    wanted = cut.attention_bytes + cut.stored_ffn_bytes + cut.head_bytes + cut.kv_bytes
 
     def and_read(seconds_: float) -> list[float]:
         return [max(n_bytes, n_bytes - _WINDOW_BYTES + seconds_ * one.profile.disk_bytes_s, 0.0)
                 for n_bytes, one in zip(held, devices, strict=True)]
 
-    wanted = cut.attention_bytes + cut.stored_ffn_bytes + cut.head_bytes + cut.kv_bytes
-    spare_bytes = _SPARE_BYTES if sum(held) - _SPARE_BYTES * len(held) >= wanted else 0
-    yield [float(one - spare_bytes) for one in held]
+    yield [*map(float, held)]
     least_s, most_s = 0.0, max(0.0, *((wanted + _WINDOW_BYTES - n_bytes) / one.profile.disk_bytes_s
                                       for n_bytes, one in zip(held, devices, strict=True)))
     for _ in range(_BISECTIONS):

@@ -145,6 +145,18 @@ def test_parts_stay_unless_new_ones_are_much_faster_or_stream_no_more(hp: Hyperp
                             replace(one, missing_bytes=anew)) == keeps
 
 
+@given(st.integers(1, 40))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_a_device_has_less_at_the_next_start_lets_nobody_stream(hp: Hyperparameters, disk: int) -> None:
+    kept = CUT.attention_bytes + CUT.ffn_bytes + CUT.head_bytes
+    first, second = (device(name, 20e9, memory_bytes, latency_s) for name, memory_bytes, latency_s in (
+        ("a", kept // 2, 0.0), ("b", kept // 2 + 200 * MIB, 1e-4)))
+    first = replace(first, profile=replace(first.profile, disk_bytes_s=1e8 * disk))
+    shards = both(CUT, hp, [first, second]).shards
+    less = replace(first, profile=replace(first.profile, memory_bytes=first.profile.memory_bytes - 7 * MIB))
+    assert predict(CUT, hp, [less, second], shards, 16384).missing_bytes == 0
+
+
 def test_a_slow_device_with_room_gets_no_more_than_reading_costs(hp: Hyperparameters) -> None:
     quick, slow = device("quick", 20e9, 2 * GIB), device("slow", 1e9, 16 * GIB, 1e-4)
     quick = replace(quick, profile=replace(quick.profile, disk_bytes_s=3e9))
