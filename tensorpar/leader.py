@@ -82,6 +82,8 @@ class ClusterEngine(Engine):
 
     # -- the engine --------------------------------------------------------------------------------------------
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> NDArray[np.float32]:
+        if self._inner is None:  # what was to follow a loss could not be opened
+            self._plan_anew()
         del self._token_ids[self.kv.length:]
         wanted = [*self._token_ids, *token_ids.tolist()]
         self._leave_behind_slow()
@@ -199,7 +201,7 @@ class ClusterEngine(Engine):
         for rank, peer in enumerate(peers, start=1):
             peer.assign(rank)
         if not peers:
-            self._adopt(self._open_rank(self._file, Solo()))
+            self._open(self._file, Solo())
             return
         slices = [SliceFile(self._file, self._whole.hp, one) for one in shards]
         with ThreadPoolExecutor(len(peers), "set up") as pool:
@@ -216,7 +218,7 @@ class ClusterEngine(Engine):
         group = Group(0, len(shards), links, epoch=self._epoch, network=network, wire=self._options.wire,
                       algorithm=self._options.algorithm, splits_head=splits_head(shards),
                       head_rows=[one.head_rows for one in shards], times=self._sum_times)
-        self._adopt(self._open_rank(own, group))
+        self._open(own, group)
 
     def _setup(self, rank: int, slice_file: SliceFile, network: Network) -> Setup:
         if len(self._shards) > 2:
@@ -255,6 +257,20 @@ class ClusterEngine(Engine):
             self._cache.make_room(slice_file.key, slice_file.size_bytes)
             slice_file.write(self._cache.path(slice_file.key))
         return ModelFile.open(self._cache.path(slice_file.key))
+
+    def _open(self, file: ModelFile, collective: Collective) -> None:
+        """Become the engine of this part. Where there is no room for it beside the one before, that one goes first."""
+        try:
+            engine = self._open_rank(file, collective)
+        except OutOfMemory:
+            before, self._inner = self._inner, None
+            if before is None:
+                raise
+            before.close()
+            engine = self._open_rank(file, collective)
+            if before.backend.cancel.is_set:
+                engine.cancel()
+        self._adopt(engine)
 
     def _adopt(self, engine: Engine) -> None:
         """Become this engine. A request to stop that came meanwhile stays."""

@@ -282,6 +282,27 @@ def test_a_worker_streams_within_its_own_budget(tiny_model: TinyModel, tmp_path:
         assert streamed is not None and float(streamed[1]) > 1
 
 
+def test_a_leader_whose_memory_its_own_part_fills_goes_on_alone(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model("llama", quantisation="F32", hidden_size=512, n_layers=12, ffn_size=4096, n_heads=8,
+                       n_kv_heads=4)  # 340 MiB
+    with cluster(tmp_path, 1, measured=False) as made:
+        command = ["run", str(model), "hello", "--raw", "--temp", "0", "--max-tokens", "48", "--threads", "1",
+                   "--context", "512", "--memory", "240M"]
+        texts = []
+        for more in ([], ["--cluster", "--devices", "all"]):
+            with start([*command, *more], env={**os.environ, "EDGERT_HOME": str(made.leader_home)}) as leader:
+                assert leader.stdin is not None and leader.stdout is not None
+                leader.stdin.close()
+                text = leader.stdout.read(1)
+                if more:
+                    lose(made.workers[0], "killed")
+                leader.stdin = None
+                rest, said = leader.communicate(timeout=DEADLINE_S)
+                assert leader.returncode == 0, said
+                texts.append(text + rest)
+        assert b"worker1 was lost" in said and texts[1] == texts[0]
+
+
 @pytest.mark.parametrize("architecture", ["qwen3moe", "smallthinker"])
 def test_every_rank_streams_its_part_of_each_expert_within_its_own_budget(tiny_model: TinyModel, tmp_path: Path,
                                                                           architecture: str) -> None:
