@@ -7,7 +7,7 @@ import { guarded } from "./messages.js";
 import { changed, modelOf, on, state, USUAL } from "./state.js";
 
 const STEPS = 200; // of the slider, from its least to all memory by equal ratios
-const LEAST_BYTES = 128 * 2 ** 20;
+const LEAST_BYTES = 64 * 2 ** 20; // less than any process of ours takes
 const PARAMETERS = [["temperature", "Temperature", 0, 2, 0.05, 0.8], ["top_p", "Top p", 0, 1, 0.01, 0.95], ["top_k", "Top k", 0, 200, 1, 40],
   ["min_p", "Min p", 0, 1, 0.01, 0.05], ["repeat_penalty", "Repeat penalty", 0.5, 2, 0.05, 1]];
 const WORDS = { fits: "fits in memory", streams: "streams from disk", "too slow": "too slow to use" };
