@@ -49,8 +49,8 @@ def wait_finished(page: Any, n_answers: int = 1) -> None:
 def wait_said(page: Any, n_chars: int) -> None:
     """Until the last answer, which is being written, has more than `n_chars`."""
     page.wait_for_function("n => { const text = document.querySelector('.message.assistant:last-child .text');"
-                           "return text && !text.querySelector('.waiting') && text.innerText.length > n; }",
-                           arg=n_chars)
+                           "return text && !text.querySelector('.waiting') && text.innerText.length > n"
+                           " && !document.querySelector('#stop').hidden; }", arg=n_chars)
 
 
 def texts(page: Any, role: str = "assistant") -> list[str]:
