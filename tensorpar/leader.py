@@ -259,26 +259,22 @@ class ClusterEngine(Engine):
         return ModelFile.open(self._cache.path(slice_file.key))
 
     def _open(self, file: ModelFile, collective: Collective) -> None:
-        """Become the engine of this part. Where there is no room for it beside the one before, that one goes first."""
+        """Become the engine of this part. Where there is no room for it beside the one before, that one goes first. A
+        request to stop that came meanwhile stays."""
+        before, engine = self._inner, None
         try:
             engine = self._open_rank(file, collective)
         except OutOfMemory:
-            before, self._inner = self._inner, None
             if before is None:
                 raise
-            before.close()
-            engine = self._open_rank(file, collective)
-            if before.backend.cancel.is_set:
-                engine.cancel()
-        self._adopt(engine)
-
-    def _adopt(self, engine: Engine) -> None:
-        """Become this engine. A request to stop that came meanwhile stays."""
-        before, self._inner = self._inner, engine
         if before is not None:
-            if before.backend.cancel.is_set:
-                engine.cancel()
+            self._inner = None
             before.close()
+        if engine is None:
+            engine = self._open_rank(file, collective)
+        if before is not None and before.backend.cancel.is_set:
+            engine.cancel()
+        self._inner = engine
         self.become(engine)
 
     # -- who is slow -------------------------------------------------------------------------------------------
