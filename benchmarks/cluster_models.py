@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import psutil
 from cluster_processes import TestCluster, cluster
 from numpy.typing import NDArray
 
@@ -86,9 +87,9 @@ def ranks_ms(runtime: Runtime, made: TestCluster, n_tokens: int, others: Sequenc
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time of a process so far, those of its threads that have ended included (proc_pid_stat(5))."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    """Processor time of a process so far, those of its threads that have ended included."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def pin(pid: int, core: int) -> None:
