@@ -32,7 +32,8 @@ def add_subcommand(subparsers: argparse._SubParsersAction[Any]) -> None:
                         help="how long, all in all (60)")
     parser.add_argument("--examples", type=whole, default=0, metavar="N",
                         help="capture exactly N sequences, however long it takes")
-    parser.add_argument("--epochs", type=whole, default=12, metavar="N", help="passes over the sequences, at most (12)")
+    parser.add_argument("--epochs", type=whole, default=12, metavar="N",
+                        help="passes over the sequences, at most (12)")
     parser.add_argument("--dim", type=whole, default=64, metavar="N", help="values of a query and a key (64)")
     parser.add_argument("--feature-layers", type=int, nargs="+", default=[], metavar="N",
                         help="layers whose output the head sees (early, a third and two thirds on the way)")

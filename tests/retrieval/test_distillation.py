@@ -130,7 +130,7 @@ def test_a_head_is_distilled_and_stopping_in_the_middle_changes_nothing(model: M
 
     def options(name: str, n_epochs: int, minutes: float = 10) -> Options:
         return Options(minutes, tmp_path / "work", tmp_path / name, [_texts_once(tmp_path)], n_examples=3, n_held_out=2,
-                       n_tokens=384, recipe=Recipe(dim=16, n_epochs=n_epochs, patience=9))
+                       n_tokens=384, recipe=Recipe(dim=16, n_epochs=n_epochs))
 
     card = distil(model, _encode, options("whole", 3), lines.append)
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines if line.startswith("epoch")]
