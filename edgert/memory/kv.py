@@ -11,7 +11,7 @@ from typing import Literal
 
 from edgert.memory.profile import DiskSpeed
 
-# As everywhere in the manager: cells come in buckets of this many tokens (edgert/engine/kv_cache.py).
+# KV takes memory in cells of this many tokens (edgert/engine/kv_cache.py).
 CELLS_PER_BUCKET = 256
 # What a step over a set takes beyond a dense one over as many tokens: once, for each token of the text, and for each of
 # the set. (SmolLM2-135M on two cores of 2025, sets of 128 and 512, texts of 4k and 16k: 3.6, 5.1 and 4.4 ms.)

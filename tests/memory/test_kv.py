@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from shapes import profile, shape
 
 from edgert.memory.kv import KVSizes
-from edgert.memory.model import Sizes as WeightSizes
 from edgert.memory.model import kv_bytes, predict, token_bytes
 from edgert.memory.profile import DiskSpeed
+from edgert.memory.sizes import Sizes as WeightSizes
 
 DISK = KVSizes("disk", budget=512, from_tokens=2048, fixed_bytes=10_000_000, selector_bytes_per_token=256,
                layer_bytes_per_token=2048, passing_bytes_per_token=40_960, passing_tokens=1024, block_bytes=500_000)

@@ -8,17 +8,9 @@ import pytest
 from shapes import KEY, MIB, OVERHEADS, moe_shape, profile, shape
 
 from edgert.memory.hits import HIT_CURVE, asked_share, expected_hit_rate
-from edgert.memory.model import (
-    Sizes,
-    hit_rate,
-    kv_bytes,
-    memory_bytes,
-    missed_expert_bytes,
-    overlap,
-    predict,
-    streamed_bytes,
-)
+from edgert.memory.model import hit_rate, kv_bytes, memory_bytes, missed_expert_bytes, predict, streamed_bytes
 from edgert.memory.profile import DeviceProfile, Rehearsal
+from edgert.memory.sizes import Sizes, overlap
 
 STREAMED = Sizes("streamed", 401 * MIB, 94 * MIB)
 
@@ -141,7 +133,7 @@ def test_less_than_a_layer_of_experts_keeps_their_outputs() -> None:
 @pytest.mark.parametrize(("window_mib", "share"), [(54, 0), (74, 0.5), (94, 1), (200, 1)])
 def test_another_block_in_the_window_hides_reading_behind_computing(window_mib: int, share: float) -> None:
     sizes = replace(STREAMED, window_bytes=window_mib * MIB)
-    assert overlap(shape(), sizes) == share
+    assert overlap(shape(), sizes.window_bytes) == share
     found = predict(shape(), profile(), sizes, 1)
     compute_s = found.multiply_s + found.attend_s + found.overhead_s
     assert found.total_s == pytest.approx(max(found.read_s, compute_s) + (1 - share) * min(found.read_s, compute_s))
