@@ -9,7 +9,7 @@ from shapes import KEY, MIB, OVERHEADS, moe_shape, profile, shape
 
 from edgert.memory.hits import HIT_CURVE, asked_share, expected_hit_rate
 from edgert.memory.model import hit_rate, kv_bytes, memory_bytes, missed_expert_bytes, predict, streamed_bytes
-from edgert.memory.profile import DeviceProfile, Rehearsal
+from edgert.memory.profile import DeviceProfile, DiskSpeed, Rehearsal
 from edgert.memory.sizes import Sizes, overlap
 
 STREAMED = Sizes("streamed", 401 * MIB, 94 * MIB)
@@ -136,7 +136,23 @@ def test_another_block_in_the_window_hides_reading_behind_computing(window_mib: 
     assert overlap(shape(), sizes.window_bytes) == share
     found = predict(shape(), profile(), sizes, 1)
     compute_s = found.multiply_s + found.attend_s + found.overhead_s
-    assert found.total_s == pytest.approx(max(found.read_s, compute_s) + (1 - share) * min(found.read_s, compute_s))
+    hidden = share * (1 - 2 * 1e9 / 2e10)
+    read_s = found.read_s - 1e-4  # a row of the embedding
+    assert found.total_s == pytest.approx(1e-4 + max(read_s, compute_s) + (1 - hidden) * min(read_s, compute_s))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 500])
+def test_what_streams_takes_memory_from_computing_and_no_more_than_all_of_it(n_tokens: int) -> None:
+    """However fast the disk: a byte that it brings takes memory as long as copying it does."""
+    def added_s(n_bytes: int, disk_bytes_s: float) -> float:
+        device = replace(profile(), disk=DiskSpeed(disk_bytes_s, 0.0))
+        some, none = (predict(shape(), device, Sizes("streamed", 961 * MIB - n, 94 * MIB), n_tokens)
+                      for n in (n_bytes, 0))
+        return some.total_s - none.total_s
+
+    for disk_bytes_s in (2e9, 4e9):
+        assert added_s(100 * MIB, disk_bytes_s) == pytest.approx(100 * MIB * 2 / 2e10)
+    assert added_s(100 * MIB, 1e12) == pytest.approx(100 * MIB / 1e12)  # one after the other
 
 
 def test_products_attention_and_overhead() -> None:
