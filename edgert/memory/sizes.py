@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 from edgert.memory.profile import Layout
 from edgert.memory.shape import Phase
 
+MAX_BLOCK_BYTES = 32 * 2**20
+"""A dense FFN that is larger is cut by rows (offload/residency.py), so that the window stays small."""
 _IN_FLIGHT_BYTES = 20 * 2**20
 
 
