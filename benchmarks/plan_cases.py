@@ -116,7 +116,8 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
 
 def again(args: argparse.Namespace) -> dict[str, Any]:
     """What is predicted for the same answer from figures that are measured now."""
-    from edgert.memory.model import Sizes, predict
+    from edgert.memory.model import predict
+    from edgert.memory.sizes import Sizes
     from offload.disk_speed import measure_disk
 
     told = json.loads(args.more)
@@ -132,8 +133,9 @@ def again(args: argparse.Namespace) -> dict[str, Any]:
 
 def choices(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens/s with each of the plans that are named, one after the other."""
-    from edgert.memory.model import Sizes, comfortable_bytes, least_window, memory_bytes
+    from edgert.memory.model import memory_bytes
     from edgert.memory.planner import plan_with
+    from edgert.memory.sizes import Sizes, comfortable_bytes, least_window
     from edgert.runtime import open_planned
 
     told = json.loads(args.more)

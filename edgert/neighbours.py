@@ -1,30 +1,31 @@
 """Whether other programs compute on this process's processors while it measures something.
 
-Reads /proc/stat (proc(5)) and this process's own time; where the system does not tell, nobody is seen.
+What processors did (psutil) beyond this process's own time; where the system does not tell, nobody is seen.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
-_STAT = Path("/proc/stat")
+import psutil
+
 # Of the processors' time. Daemons of a desktop that nobody uses take a hundredth; one busy thread beside two takes
 # a half of it from them, or a third where it has a low priority.
 _MOST_SHARE = 0.1
-# Fields of a processor's line: user, nice, system, idle, iowait, irq, softirq, steal (a host's other guests), and two
-# that are counted in user and nice already.
-_N_FIELDS, _IDLE = 8, (3, 4)
+# Kinds of time that a processor was idle, and those that count in others already: a guest's, as its host sees them.
+_IDLE, _COUNTED = ("idle", "iowait"), ("guest", "guest_nice")
+Times = Mapping[str, float]  # kind -> seconds
 
 
 class Neighbours:
     """What others have computed since it was made."""
 
-    def __init__(self, stat: Path = _STAT, own_s: Callable[[], float] = time.process_time) -> None:
-        self._stat, self._own_s = stat, own_s
-        self._cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+    def __init__(self, processors: Callable[[], Sequence[Times]] | None = None,
+                 own_s: Callable[[], float] = time.process_time) -> None:
+        self._processors, self._own_s = processors or _processors, own_s
+        self._cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
         self._busy_s, self._total_s = self._read()
         self._own_before_s = own_s()
 
@@ -43,12 +44,14 @@ class Neighbours:
 
     def _read(self) -> tuple[float, float]:
         """Seconds that the processors were busy, and all of them."""
-        try:
-            lines = [line.split() for line in self._stat.read_text().splitlines() if line.startswith("cpu")]
-            ticks = [[int(field) for field in fields[:_N_FIELDS]] for name, *fields in lines
-                     if name[3:].isdecimal() and int(name[3:]) in self._cpus]
-        except (OSError, ValueError):
-            return 0.0, 0.0
-        total, idle = sum(map(sum, ticks)), sum(sum(of_cpu[index] for index in _IDLE) for of_cpu in ticks)
-        per_s = os.sysconf("SC_CLK_TCK")
-        return (total - idle) / per_s, total / per_s
+        mine = [times for cpu, times in enumerate(self._processors()) if self._cpus is None or cpu in self._cpus]
+        total_s = sum(seconds for times in mine for kind, seconds in times.items() if kind not in _COUNTED)
+        return total_s - sum(times.get(kind, 0.0) for times in mine for kind in _IDLE), total_s
+
+
+def _processors() -> list[Times]:
+    """What each of the machine's processors has done since it was started."""
+    try:
+        return [times._asdict() for times in psutil.cpu_times(percpu=True)]
+    except (OSError, psutil.Error):
+        return []

@@ -28,11 +28,12 @@ from edgert.gguf.model_file import ModelFile
 from edgert.kv_tiers import head_of, with_kv
 from edgert.memory.demand_store import DemandStore
 from edgert.memory.hits import HIT_CURVE
-from edgert.memory.model import Sizes, predict
+from edgert.memory.model import predict
 from edgert.memory.planner import Demand, Plan, default_context, make_plan
 from edgert.memory.probe import MemoryProbe
 from edgert.memory.profile import DeviceProfile, HitCurve, Part
 from edgert.memory.profile_store import ProfileStore
+from edgert.memory.sizes import Sizes
 from edgert.model_shape import shape_of
 from edgert.neighbours import Neighbours
 from edgert.paths import Paths

@@ -17,6 +17,7 @@ from edgert.architectures.base import OUTPUT, Architecture, Block, TensorSpec, b
 from edgert.engine.scratch import FfnParts
 from edgert.gguf.model_file import ModelFile
 from edgert.gguf.reader import TensorInfo
+from edgert.memory.sizes import MAX_BLOCK_BYTES
 from offload.arena import PAGE_BYTES
 from offload.readers import aligned_range
 
@@ -25,7 +26,6 @@ from offload.readers import aligned_range
 # grows by 8 MiB, and a prompt of 64 tokens waited 44 ms for the head, now 27, of 360. An FFN of 76 MiB is three blocks:
 # two of gate and up, one of down.
 MAX_PIECE_BYTES = 6 * 2**20
-_MAX_FFN_BYTES = 32 * 2**20
 # Rows of a cut piece: a multiple of every kernel's tile, so that no row is computed by another path than uncut.
 _ROWS_MULTIPLE = 256
 # Below this a read is latency, not bandwidth, and the tensor is always pinned.
@@ -137,12 +137,12 @@ def _rows_per_part(model: ModelFile, arch: Architecture) -> dict[str, tuple[int,
             info = model.tensors[spec.name]
             row_bytes[spec.key] = max(row_bytes.get(spec.key, 0), info.n_bytes // info.shape[1])
     if row_bytes.keys() != {"ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"} or hp.n_experts \
-            or _largest_ffn(model, arch) <= _MAX_FFN_BYTES:
+            or _largest_ffn(model, arch) <= MAX_BLOCK_BYTES:
         return {}
-    gate_rows = _rows_within(_MAX_FFN_BYTES, row_bytes["ffn_gate.weight"] + row_bytes["ffn_up.weight"])
+    gate_rows = _rows_within(MAX_BLOCK_BYTES, row_bytes["ffn_gate.weight"] + row_bytes["ffn_up.weight"])
     first_down = -(-hp.ffn_size // gate_rows)
     return {"ffn_gate.weight": (0, gate_rows), "ffn_up.weight": (0, gate_rows),
-            "ffn_down.weight": (first_down, _rows_within(_MAX_FFN_BYTES, row_bytes["ffn_down.weight"]))}
+            "ffn_down.weight": (first_down, _rows_within(MAX_BLOCK_BYTES, row_bytes["ffn_down.weight"]))}
 
 
 def _largest_ffn(model: ModelFile, arch: Architecture) -> int:

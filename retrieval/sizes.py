@@ -29,7 +29,8 @@ def policy_for(budget: int) -> Policy:
 
 def kv_sizes(hp: Hyperparameters, context_length: int, budget: int, from_tokens: int, tier: Literal["memory", "disk"],
              head: RetrievalHead | None, weights: Literal["resident", "streamed"]) -> KVSizes:
-    n_slots = slots_for(policy_for(budget))
+    policy = policy_for(budget)
+    n_slots = slots_for(policy)
     shapes = {RecordShape.full(hp): n_slots, RecordShape.windowed(hp): ring_rows(hp, context_length)}
     shapes = {shape: rows for shape, rows in shapes.items() if shape.layers}
     strides = sum(shape.stride_bytes for shape in shapes)
@@ -38,5 +39,6 @@ def kv_sizes(hp: Hyperparameters, context_length: int, budget: int, from_tokens:
     fixed = sum(shape.stride_bytes * rows for shape, rows in shapes.items()) + tables + waiting
     n_features = 1 + (len(head.feature_layers) if head else -1)
     per_token = 4 * head.n_groups * head.dim if head else len(page_layers(hp)) * 8 * hp.kv_size / PAGE_TOKENS
-    return KVSizes(tier, budget, max(from_tokens, budget), fixed, per_token, 4 * hp.kv_size,
-                   4 * hp.hidden_size * (1 + n_features), PASSING_TOKENS[weights], BLOCK_TOKENS * strides)
+    return KVSizes(tier, budget, policy.n_early + policy.n_beside, policy.n_late, max(from_tokens, budget), fixed,
+                   per_token, 4 * hp.kv_size, 4 * hp.hidden_size * (1 + n_features), PASSING_TOKENS[weights],
+                   BLOCK_TOKENS * strides)

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from edgert.architectures.base import Hyperparameters
+from edgert.memory.sizes import MAX_BLOCK_BYTES, comfortable_bytes, least_window
 from tensorpar.collectives import Network, choose, seconds
 from tensorpar.division import Yields, shard
 from tensorpar.profile import Profile
@@ -33,8 +34,6 @@ _BLOCKS_S = 7e-5
 _BESIDE_BYTES, _PART_TOKENS, _HIDDEN_VECTORS, _FFN_VECTORS = 18 * 2**20, 128, 9, 3
 # One start leaves a device some MiB less than another.
 _SPARE_BYTES = 8 * 2**20
-# What streams passes a window: a piece that computes, one that waits, and 20 MiB on their way (edgert/memory/model.py).
-_WINDOW_BYTES = 52 * 2**20
 _BISECTIONS = 30
 # Where devices read, for so many times as long as they must, or as computing takes.
 _READING = (1.0, 1.25, 1.6, 2.5)
@@ -43,6 +42,13 @@ _READING = (1.0, 1.25, 1.6, 2.5)
 _ALIKE = 0.93
 # Subsets of up to this many workers are all looked at: 2**6. Of more, the fastest of every number.
 _MAX_SUBSETS_OF = 6
+
+
+class _Part(NamedTuple):
+    """Of a layer, what must be in memory at once."""
+
+    largest_block_bytes: int
+    largest_piece_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +118,14 @@ def _rooms(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], compute_s: 
     held = [one.profile.memory_bytes - _beside_bytes(cut, hp, len(devices), leads=rank == 0)
             for rank, one in enumerate(devices)]
     wanted = cut.attention_bytes + cut.stored_ffn_bytes + cut.head_bytes + cut.kv_bytes
+    window_bytes = _window_bytes(cut, hp, len(devices))
 
     def and_read(seconds_: float) -> list[float]:
-        return [max(n_bytes, n_bytes - _WINDOW_BYTES + seconds_ * one.profile.disk_bytes_s, 0.0)
+        return [max(n_bytes, n_bytes - window_bytes + seconds_ * one.profile.disk_bytes_s, 0.0)
                 for n_bytes, one in zip(held, devices, strict=True)]
 
     yield [*map(float, held)]
-    least_s, most_s = 0.0, max(0.0, *((wanted + _WINDOW_BYTES - n_bytes) / one.profile.disk_bytes_s
+    least_s, most_s = 0.0, max(0.0, *((wanted + window_bytes - n_bytes) / one.profile.disk_bytes_s
                                       for n_bytes, one in zip(held, devices, strict=True)))
     for _ in range(_BISECTIONS):
         middle_s = (least_s + most_s) / 2
@@ -178,13 +185,22 @@ def _are_mapped(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards
 
 def _missing_bytes(cut: Cut, hp: Hyperparameters, devices: Sequence[Device], shards: Sequence[Shard]) -> list[int]:
     """What each device reads for every token: what it has no room for, and what makes place for the window."""
-    missing = []
+    missing, window_bytes = [], _window_bytes(cut, hp, len(devices))
     for device, one in zip(devices, shards, strict=True):
         beside_bytes = _beside_bytes(cut, hp, len(devices), leads=one.leads)
         short = cut.kept_bytes(one) + beside_bytes - device.profile.memory_bytes
-        window_bytes = _WINDOW_BYTES + (0 if one.leads else cut.hidden_bytes)
-        missing.append(min(cut.read_bytes(one), short + window_bytes) if short > 0 else 0)
+        beside_window = 0 if one.leads else cut.hidden_bytes
+        missing.append(min(cut.read_bytes(one), short + window_bytes + beside_window) if short > 0 else 0)
     return missing
+
+
+def _window_bytes(cut: Cut, hp: Hyperparameters, n_ranks: int) -> int:
+    """What streams passes a window as wide as the memory manager makes it, for an equal part of a layer's attention or
+    of its FFN; experts have slots."""
+    of_layer = max(cut.attention_bytes, 0 if hp.n_experts else cut.ffn_bytes) // (hp.n_layers * n_ranks)
+    block_bytes = min(of_layer, MAX_BLOCK_BYTES)
+    part = _Part(block_bytes, block_bytes // 2)  # gate and up, or gate, up and down
+    return least_window(part) + comfortable_bytes(part)
 
 
 def _gather_s(n_bytes: int, network: Network) -> float:

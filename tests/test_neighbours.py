@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import pytest
 
 from edgert import device, neighbours
@@ -15,9 +18,7 @@ from edgert.engine import calibration
 from edgert.ggml.backend import Backend
 from edgert.memory.profile import DeviceProfile, Rehearsal
 from edgert.memory.profile_store import ProfileStore
-from edgert.neighbours import Neighbours
-
-TICKS = os.sysconf("SC_CLK_TCK")
+from edgert.neighbours import Neighbours, Times
 
 
 @pytest.fixture(autouse=True)
@@ -28,42 +29,45 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_DISK_S", 0.01)
 
 
-def stat(directory: Path, busy_s: float, idle_s: float, stolen_s: float = 0.0) -> Path:
-    """Each of this process's processors has computed, waited for the disk half of `idle_s`, and been idle; another
-    one, which it may not use, is always busy."""
-    path, n_cpus = directory / "stat", len(os.sched_getaffinity(0))
-    busy, idle, stolen = (int(seconds * TICKS) for seconds in (busy_s, idle_s / 2, stolen_s))
-    fields = f"{busy} 0 0 {idle} {idle} 0 0 {stolen} {busy} 0"
-    others = f"cpu{max(os.sched_getaffinity(0)) + 1} {10**9 + busy * 99} 0 0 0 0 0 0 0 0 0"
-    lines = [f"cpu {fields}", *(f"cpu{cpu} {fields}" for cpu in os.sched_getaffinity(0)), others, "intr 1 2 3"]
-    path.write_text("\n".join(lines) + "\n")
-    assert n_cpus >= 1
-    return path
+def processors(busy_s: float, idle_s: float, stolen_s: float = 0.0) -> list[Times]:
+    """Each of this process's processors has computed, waited for the disk half of `idle_s`, and been idle; the others,
+    which it may not use, are always busy."""
+    mine = {"user": busy_s, "nice": 0.0, "idle": idle_s / 2, "iowait": idle_s / 2, "steal": stolen_s, "guest": busy_s}
+    n_cpus = max(os.sched_getaffinity(0)) + 2
+    return [mine if cpu in os.sched_getaffinity(0) else {"user": 1e7 + 99 * busy_s} for cpu in range(n_cpus)]
+
+
+def in_turn(*readings: list[Times]) -> Callable[[], list[Times]]:
+    left = iter(readings)
+    return lambda: next(left)
 
 
 @pytest.mark.parametrize(("busy_s", "stolen_s", "own_share", "share"), [
     (5, 0, 1, 0.0), (5, 0, 0.5, 0.25), (0, 0, 0, 0.0), (10, 0, 0, 1.0), (5, 5, 1, 0.5), (5, 0, 1.5, 0.0)])
-def test_others_have_what_this_process_has_not(tmp_path: Path, busy_s: float, stolen_s: float, own_share: float,
-                                               share: float) -> None:
-    own = iter([3.0, 3.0 + own_share * busy_s * len(os.sched_getaffinity(0))] * 9)
-    others = Neighbours(stat(tmp_path, 100, 100), lambda: next(own))
-    stat(tmp_path, 100 + busy_s, 100 + 10 - busy_s - stolen_s, stolen_s)
-    assert others.share == pytest.approx(share, abs=0.01)
+def test_others_have_what_this_process_has_not(busy_s: float, stolen_s: float, own_share: float, share: float) -> None:
+    own = iter([3.0, 3.0 + own_share * busy_s * len(os.sched_getaffinity(0))])
+    now = processors(100 + busy_s, 100 + 10 - busy_s - stolen_s, stolen_s)
+    assert Neighbours(in_turn(processors(100, 100), now), lambda: next(own)).share == pytest.approx(share)
 
 
-def test_a_tenth_of_the_processors_disturbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tenth_of_the_processors_disturbs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "_MOST_SHARE", 0.1)
     for busy_s, disturbs in ((5, False), (20, True)):
-        others = Neighbours(stat(tmp_path, 100, 100), lambda: 0.0)
-        stat(tmp_path, 100 + busy_s, 100 + 100 - busy_s)
-        assert others.disturb == disturbs
+        now = processors(100 + busy_s, 100 + 100 - busy_s)
+        assert Neighbours(in_turn(processors(100, 100), now), lambda: 0.0).disturb == disturbs
 
 
-@pytest.mark.parametrize("text", ["", "cpu", "cpu0 words", "intr 1"])
-def test_a_system_that_does_not_tell_shows_nobody(tmp_path: Path, text: str) -> None:
-    (tmp_path / "stat").write_text(text)
-    assert not Neighbours(tmp_path / "stat").disturb
-    assert not Neighbours(tmp_path / "missing").disturb
+@pytest.mark.parametrize("error", [OSError, psutil.AccessDenied])
+def test_a_system_that_does_not_tell_shows_nobody(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "cpu_times", mock.Mock(side_effect=error))
+    assert Neighbours().share == 0.0
+    assert not Neighbours().disturb
+
+
+def test_this_system_tells_of_each_processor() -> None:
+    told = neighbours._processors()
+    assert len(told) == os.cpu_count()
+    assert all(times["user"] > 0 and "idle" in times for times in told)
 
 
 def test_a_disturbed_device_is_measured_again_at_the_next_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from edgert.errors import BudgetTooSmall
 from edgert.memory.demand_store import DemandStore
-from edgert.memory.model import Sizes, memory_bytes
 from edgert.memory.model import kv_bytes as bytes_of_kv
+from edgert.memory.model import memory_bytes
 from edgert.memory.planner import Demand, make_plan, read_bytes, tok_s
 from edgert.memory.profile import DeviceProfile
 from edgert.memory.profile_store import ProfileStore
+from edgert.memory.sizes import Sizes
 from edgert.models.describe import Description
 from edgert.paths import Paths
 

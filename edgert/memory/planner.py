@@ -12,13 +12,10 @@ from itertools import product
 
 from edgert.errors import BudgetTooSmall
 from edgert.memory.hits import HIT_CURVE
+from edgert.memory.kv import CELLS_PER_BUCKET
 from edgert.memory.model import (
-    CELLS_PER_BUCKET,
     Prediction,
-    Sizes,
-    comfortable_bytes,
     kv_bytes,
-    least_window,
     memory_bytes,
     missed_expert_bytes,
     predict,
@@ -27,6 +24,7 @@ from edgert.memory.model import (
 )
 from edgert.memory.profile import DeviceProfile, HitCurve
 from edgert.memory.shape import ModelShape, Overheads, Phase
+from edgert.memory.sizes import Sizes, comfortable_bytes, least_window
 
 # Windows that are tried: so many eighths of what is comfortable, beyond the least that works.
 _N_WINDOWS = 8

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from shapes import profile, shape
 
 from edgert.memory.kv import KVSizes
-from edgert.memory.model import Sizes as WeightSizes
 from edgert.memory.model import kv_bytes, predict, token_bytes
 from edgert.memory.profile import DiskSpeed
+from edgert.memory.sizes import Sizes as WeightSizes
 
-DISK = KVSizes("disk", budget=512, from_tokens=2048, fixed_bytes=10_000_000, selector_bytes_per_token=256,
-               layer_bytes_per_token=2048, passing_bytes_per_token=40_960, passing_tokens=1024, block_bytes=500_000)
+DISK = KVSizes("disk", budget=512, n_beside=60, n_late=24, from_tokens=2048, fixed_bytes=10_000_000,
+               selector_bytes_per_token=256, layer_bytes_per_token=2048, passing_bytes_per_token=40_960,
+               passing_tokens=1024, block_bytes=500_000)
 DENSE = 32 * 2**10
 
 
@@ -54,17 +55,19 @@ def test_the_models_terms_are_those_of_the_cache() -> None:
 
 def test_choosing_a_set_takes_longer_the_longer_the_text_and_the_larger_the_set() -> None:
     assert DISK.choose_s(2048) == 0
-    assert DISK.choose_s(10_000) == pytest.approx(2.2e-3 + 10_000 * 1.2e-7 + 512 * 1.8e-6)
+    assert DISK.choose_s(10_000) == pytest.approx(2.2e-3 + 10_000 * 1.1e-7 + 512 * 1.4e-6)
     assert replace(DISK, budget=128).choose_s(10_000) < DISK.choose_s(10_000) < DISK.choose_s(20_000)
 
 
 def test_a_set_is_fetched_beside_half_of_a_step_and_what_lasts_longer_is_waited_for() -> None:
     quick, slow, thin = DiskSpeed(1e9, 1e-4), DiskSpeed(1e9, 4e-3), DiskSpeed(1e6, 1e-4)
     assert replace(DISK, tier="memory").wait_s(10_000, 20_000, slow, 0.01) == DISK.wait_s(2048, 20_000, slow, 0.01) == 0
-    assert DISK.wait_s(10_000, 20_000, quick, 0.01) == quick.latency_s
-    n_reads = 0.03 * 512
-    assert DISK.wait_s(10_000, 20_000, slow, 0.01) == pytest.approx(n_reads * 1e-3 - 0.005 + 4e-3)
-    assert DISK.wait_s(10_000, 20_000, thin, 0.01) == pytest.approx(n_reads * 0.02 - 0.005 + 1e-4)
+    late_s = 1e-4 + 0.75 * 24 * 4e-5
+    assert DISK.wait_s(10_000, 20_000, quick, 0.01) == pytest.approx(late_s)
+    assert DISK.wait_s(10_000, 20_000, quick, 0.002) == pytest.approx(1e-4 + 0.75 * 60 * 4e-5 - 0.001 + late_s)
+    assert DISK.wait_s(10_000, 20_000, slow, 0.01) == pytest.approx(2 * 4e-3 + 0.75 * 84 * 1.6e-3 - 0.005)
+    assert DISK.wait_s(10_000, 20_000, thin, 0.01) == pytest.approx(2 * 1e-4 + 0.75 * 84 * 0.02 - 0.005)
+    assert replace(DISK, n_late=16).wait_s(10_000, 20_000, quick, 0.01) < late_s
 
 
 def test_a_step_over_a_set_is_predicted_with_what_choosing_and_fetching_it_take() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shapes import GIB, MIB, OVERHEADS, demands, moe_shape, profile, profiles, shape
 
 from edgert.errors import BudgetTooSmall
-from edgert.memory.model import Sizes, kv_bytes, least_window, memory_bytes, streamed_bytes
+from edgert.memory.model import kv_bytes, memory_bytes, streamed_bytes
 from edgert.memory.planner import (
     Demand,
     budget_for,
@@ -24,6 +24,7 @@ from edgert.memory.planner import (
     tok_s,
 )
 from edgert.memory.profile import DeviceProfile, DiskSpeed
+from edgert.memory.sizes import Sizes, least_window
 
 fuzzed = settings(max_examples=80)
 DENSE = Demand(shape(), OVERHEADS, 2048)

@@ -228,7 +228,7 @@ def test_a_large_ffn_is_cut_by_rows_where_its_hidden_values_take_less(tiny_model
     model = ModelFile.open(tiny_model("llama", hidden_size=512, ffn_size=1100, quantisation="F16"))
     arch = open_architecture(model)
     assert n_parts([p.block for p in cut(model, arch)]) == (1, 1)  # not large
-    monkeypatch.setattr(residency, "_MAX_FFN_BYTES", 2**20)
+    monkeypatch.setattr(residency, "MAX_BLOCK_BYTES", 2**20)
     pieces = cut(model, arch)
     layer = [(p.block.part, p.spec.key, p.first_row, p.shape[1]) for p in pieces
              if p.block.kind == "ffn" and p.block.layer == 1 and len(p.shape) == 2]

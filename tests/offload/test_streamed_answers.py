@@ -27,9 +27,9 @@ from edgert.engine.trace import OFF, Trace
 from edgert.errors import BudgetTooSmall
 from edgert.ggml.backend import Backend
 from edgert.gguf.model_file import ModelFile
-from edgert.memory.model import Sizes
 from edgert.memory.planner import Demand, plan_with
 from edgert.memory.probe import MemoryProbe
+from edgert.memory.sizes import Sizes
 from edgert.model_shape import shape_of
 from edgert.speculation import MAX_PASS_TOKENS, SHAPES
 from edgert.text.tokenizer import Tokenizer

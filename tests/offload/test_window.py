@@ -97,7 +97,7 @@ def test_a_head_in_many_parts_gives_every_row(tiny_model: TinyModel, monkeypatch
 def test_an_ffn_in_parts_gives_the_same_bits(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, architecture: str,
                                              share: float) -> None:
     small_pieces(monkeypatch)
-    monkeypatch.setattr(residency, "_MAX_FFN_BYTES", 1)
+    monkeypatch.setattr(residency, "MAX_BLOCK_BYTES", 1)
     path = tiny_model(architecture, quantisation="MIXED", hidden_size=512, ffn_size=768, head_dim=64)
     with open_engine(path) as resident, open_streaming(path, share) as engine:
         assert window_of(engine).n_ffn_parts == 3 + 2  # gate and up, then down, 256 rows each

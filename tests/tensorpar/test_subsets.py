@@ -124,6 +124,20 @@ def test_nobody_streams_what_another_has_room_for(hp: Hyperparameters, leads: bo
     assert halves.missing_bytes > 80 * MIB and halves.tokens_per_s < two.tokens_per_s
 
 
+@pytest.mark.parametrize(("ffn_bytes", "window_bytes"), [
+    (3_200_000_000, 80 * MIB),  # a half of a layer's 95 MiB, cut to 32; 16 for the ring's end; 32 on their way
+    (400_000_000, 29 * MIB)])  # 6, 3 and 20
+def test_who_lacks_a_little_reads_a_window_more(hp: Hyperparameters, ffn_bytes: int, window_bytes: int) -> None:
+    cut = replace(CUT, attention={12: 10**8}, ffn={12: ffn_bytes}, stored_ffn_bytes=ffn_bytes)
+    shards = shard(cut, [1, 1])
+
+    def missing(memory_bytes: int) -> int:
+        return predict(cut, hp, [device("a", 2e10), device("b", 2e10, memory_bytes)], shards, 16384).missing_bytes
+
+    enough = next(n for n in range(0, 4 * GIB, MIB) if missing(n) == 0)
+    assert missing(enough - MIB) == pytest.approx(window_bytes, abs=MIB)
+
+
 def test_what_streams_passes_memory_twice_and_is_waited_for(hp: Hyperparameters) -> None:
     shards = shard(CUT, [1, 1])
     pair = [device("a", 20e9, 8 * GIB), device("b", 20e9, 8 * GIB, 1e-4)]
