@@ -101,6 +101,11 @@ class Chooser:
             positions, attention = positions[best], attention[best]
         return Survivors(positions, attention.astype(np.float32))
 
+    def saw_everything(self, end: int, observations: Sequence[Observation]) -> None:
+        """A step attended to all of the first `end` tokens."""
+        positions = np.arange(end, dtype=np.int64)
+        self.survivors, self.held = self.surviving(positions, positions, observations), None
+
     def truncate(self, n_tokens: int) -> None:
         if self.survivors is not None:
             kept = self.survivors.positions < n_tokens

@@ -52,7 +52,7 @@ class Foresight:
     def take(self, batch: Batch, streams: Sequence[Logits]) -> None:
         begin_s = perf_counter()
         some = streams[:1 + len(self.kv.feature_layers)]  # the last may only mark the place
-        self.kv.look_ahead(batch, self.chosen, [stream.copy() for stream in some])
+        self.kv.planner.look_ahead(batch, self.chosen, [stream.copy() for stream in some])
         self.kv.counts.select_s += perf_counter() - begin_s
 
 
@@ -162,14 +162,14 @@ class RetrievalEngine(Engine):
         kv = self._retrieved
         begin_s = perf_counter()
         with self._trace.span("select", "compute"):
-            chosen = kv.select(batch)
+            chosen = kv.planner.select(batch)
         kv.counts.select_s += perf_counter() - begin_s
         if chosen is None:
             return self._look_at_everything(batch)
         begin_s = perf_counter()
         with self._trace.span("fetch", "wait"):
             kv.bring(chosen, batch)
-            kv.look_early(chosen)
+            kv.planner.look_early(chosen)
         kv.counts.fetch_s += perf_counter() - begin_s
         with self._trace.span(f"step over {len(chosen.positions)}", "compute"):
             logits = self._pass([batch], self._hot_graphs, kv.hot, self._sink(chosen))

@@ -200,7 +200,7 @@ def test_damage_while_an_answer_is_made_is_a_pause_after_which_it_goes_on(
         expected = [engine.step(np.array([one], np.int32))[0].copy() for one in rest]
     with open_retrieving(path, tmp_path, policy=policy) as engine:
         answer(engine, prompt, len(said))
-        engine._retrieved._settle()
+        engine._retrieved.planner.settle()
         damaged_while_running(engine, monkeypatch, damage, 1)
         after = [engine.step(np.array([one], np.int32))[0].copy() for one in rest]
         assert engine.kv.length == 428
