@@ -67,7 +67,7 @@ class RetrievedKVCache:
         self.n_attended: int | None = None  # by the last step, its own tokens apart; None for all of them
         self._exchange = Exchange(self.hot, self.cold, self.counts)
         self.planner = Planner(self.chooser, self.hot, self._exchange, self.token_ids, self.counts,
-                               comes_early=disk is not None, has_spare_core=backend.n_threads < usable_cores())
+                               has_spare_core=backend.n_threads < usable_cores())
 
     def begin(self) -> None:
         """A request begins: what the one before has shown is no longer used, so that an answer depends on the text

@@ -169,7 +169,6 @@ class RetrievalEngine(Engine):
         begin_s = perf_counter()
         with self._trace.span("fetch", "wait"):
             kv.bring(chosen, batch)
-            kv.planner.look_early(chosen)
         kv.counts.fetch_s += perf_counter() - begin_s
         with self._trace.span(f"step over {len(chosen.positions)}", "compute"):
             logits = self._pass([batch], self._hot_graphs, kv.hot, self._sink(chosen))

@@ -1,9 +1,8 @@
 """The set of each step, and the plan of the next one's, made while a step computes.
 
-A set's tokens come in three parts. What a step would have liked too begins to come with it (`look_early`). Once it has
-shown its features and its attention, the next set is planned, and comes beside its last layers (`look_ahead`). What the
-sampled token repeats brings only a few more (`select`), for which the next step waits. So a set depends on the text
-alone, and not on how fast a disk is. How tokens come is retrieval/exchange.py's business.
+Once a step has shown its features and its attention, the next set is planned, and what it lacks comes beside the last
+layers (`look_ahead`). What the sampled token repeats brings only a few more (`select`), for which the next step waits.
+So a set depends on the text alone, and not on how fast a disk is. How tokens come is retrieval/exchange.py's business.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from retrieval.counts import Counts
 from retrieval.exchange import Exchange
 from retrieval.hot import HotKVCache
 from retrieval.repeats import following, repeats
-from retrieval.selection import Merits, Selection, Survivors
+from retrieval.selection import Amounts, Merits, Positions, Selection, Survivors
 from retrieval.workers import Workers, wait_for
 
 Floats = NDArray[np.float32]
-Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +46,14 @@ class Planner:
     """Asks the chooser before each step and, where the features are known early enough, during the one before it."""
 
     def __init__(self, chooser: Chooser, hot: HotKVCache, exchange: Exchange, token_ids: array[int], counts: Counts, *,
-                 comes_early: bool, has_spare_core: bool) -> None:
-        """`token_ids` are the text's, as far as whoever appends to them says. With `comes_early`, tokens take so long
-        to come that some are fetched as a step begins; with `has_spare_core`, a thread plans beside the step."""
+                 has_spare_core: bool) -> None:
+        """`token_ids` are the text's, as far as whoever appends to them says. With `has_spare_core`, a thread plans
+        beside the step."""
         self._chooser, self._hot, self._exchange, self._counts = chooser, hot, exchange, counts
-        self._token_ids = token_ids
-        self._comes_early, self._has_spare_core = comes_early, has_spare_core
+        self._token_ids, self._has_spare_core = token_ids, has_spare_core
         self._aside, self._ahead = Workers(1, "kv-ahead"), list[Future[None]]()
         self._plans: list[Plan] = []  # made in the last two steps; one may be taken again
-        self._repeated: Floats | None = None  # by the step
-        self._early: Positions = np.zeros(0, np.int64)  # what began to come with it
+        self._repeated: Amounts | None = None  # by the step
 
     def forget(self) -> None:
         """A request begins."""
@@ -77,7 +73,7 @@ class Planner:
             known = chooser.known(batch.start, chooser.survivors)
         return chooser.trusted(chooser.choose(known, self._repeated, plan.positions if plan else None))
 
-    def _repeats(self, batch: Batch, n_read: int) -> Floats | None:
+    def _repeats(self, batch: Batch, n_read: int) -> Amounts | None:
         """What the batch's token repeats that so many are read with; None where somebody has not said all before."""
         if len(self._token_ids) < batch.start:
             return None
@@ -97,12 +93,6 @@ class Planner:
         return self._exchange.settle(needs=needs)
 
     # -- while it computes ---------------------------------------------------------------------------------------
-    def look_early(self, chosen: Selection) -> None:
-        """A step over `chosen` begins: begin to fetch what would have come too, were more exchanged."""
-        self._early = chosen.next_best
-        if self._comes_early:
-            self._exchange.bring_beside(self._early)
-
     def look_ahead(self, batch: Batch, chosen: Selection, streams: Sequence[Floats]) -> None:
         """The step over `chosen` has shown its attention, and these features: plan the next one's set, and begin to
         fetch what it lacks. A thread beside the step does that where a core is left for it, and has cache and
@@ -117,15 +107,14 @@ class Planner:
     def _plan(self, batch: Batch, chosen: Selection, streams: Sequence[Floats]) -> None:
         begin_s = perf_counter()
         self._chooser.selector.add_features(batch.start, streams)
-        survivors, positions = self._seen_of_a_step(batch, chosen), self._early
+        survivors, likely = self._seen_of_a_step(batch, chosen), np.zeros(0, np.int64)
         known = self._chooser.known(batch.end, survivors)
         if known is not None:
             repeated = self._repeated if batch.n_tokens == 1 else self._repeats(batch, batch.n_tokens)
             expected = None if repeated is None else following(repeated)
-            likely = self._chooser.plan(known, expected, np.concatenate([positions, chosen.positions]))
+            likely = self._chooser.plan(known, expected, chosen.positions)
             self._exchange.bring_beside(likely)
-            positions = np.concatenate([positions, likely])
-        plan = Plan(batch.start, batch.end, positions, survivors, known)
+        plan = Plan(batch.start, batch.end, likely, survivors, known)
         self._plans = [*[old for old in self._plans if old.start != plan.start][-1:], plan]
         self._counts.aside_s += perf_counter() - begin_s
 

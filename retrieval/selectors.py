@@ -93,7 +93,7 @@ class HeadSelector:
     def add_features(self, start: int, streams: Sequence[Floats]) -> None:
         features = features_of(streams)
         positions = np.arange(start, start + len(features), dtype=np.int64)
-        self._keys[:, positions] = self._head.project_keys(features, positions).swapaxes(0, 1)
+        self._keys[:, start:start + len(features)] = self._head.project_keys(features, positions).swapaxes(0, 1)
         last = positions[-_MAX_QUERIES:]
         kept = {position: query for position, query in self._queries.items() if -_MAX_QUERIES <= position - start < 0}
         self._queries = kept | dict(zip(last.tolist(), self._head.project_queries(features[-_MAX_QUERIES:], last),
