@@ -123,7 +123,7 @@ class Reuse(OneSet):
 
 
 class Ours(OneSet):
-    """What retrieval/cache.py composes: the head, the attention that was observed on the set in the step before (in
+    """What retrieval/planning.py composes: the head, the attention that was observed on the set in the step before (in
     the same few layers, and on everything in the prompt's last step), and what follows earlier occurrences of the
     text's end; and exchanges as many as that does. Without a head, the two others."""
 

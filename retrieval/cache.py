@@ -119,17 +119,17 @@ class RetrievedKVCache:
         self.hot.commit(batch)
         if self.disk is None:
             self.dense.commit(batch)
-        self._show_keys(new, self.hot.slots.where(new))
+        self._show_keys_in(self.hot.records, self.hot.slots.where(new), batch.start)
         self.length = batch.end
         self.planner.commit(batch, chosen)
         self.counts.n_steps += 1
         self.counts.n_selected += len(chosen.positions)
 
-    def _show_keys(self, positions: Positions, rows: Positions) -> None:
-        """A selector sees the keys of new tokens, which lie in these rows of the hot buffer."""
-        values, layers = self.hot.records.values(), self.hot.records.shape.layers
-        self.show_keys(int(positions[0]), {layer: values[rows, layers.index(layer), 0]
-                                           for layer in self.selector.key_layers})
+    def _show_keys_in(self, records: Records, rows: Positions, start: int) -> None:
+        """A selector sees the keys of the tokens from `start` on, which lie in these rows."""
+        values, layers = records.values(), records.shape.layers
+        self.show_keys(start, {layer: values[rows, layers.index(layer), 0]
+                               for layer in self.selector.key_layers if layer in layers})
 
     def show_keys(self, start: int, keys: dict[int, Halves]) -> None:
         """A selector sees the keys (n, kv_size) of tokens from `start` on, of some of its layers."""
@@ -144,16 +144,16 @@ class RetrievedKVCache:
             self.cold.truncate(end)  # a step that was stopped after its token was kept
         if self.disk is None or self.cold.n_tokens == end:
             return
-        self._keep_cold(end)
+        self._copy(self._near, self.cold, self.cold.n_tokens, end)
         self.dense.truncate(0)
         self.dense.give_back()
 
-    def _keep_cold(self, end: int) -> None:
-        """The first `end` tokens, which the dense cache holds, are in the cold tier too."""
+    def _copy(self, source: ColdTier, target: ColdTier, start: int, end: int) -> None:
+        """The tokens from `start` to `end` are in the other tier too."""
         with record_blocks(self._backend, self._hp) as blocks:
-            for records, first, n in in_blocks(blocks, self.cold.n_tokens, end):
-                self._near.fetch(records, np.arange(n, dtype=np.int64), np.arange(first, first + n, dtype=np.int64))
-                self.cold.write_through(records, first, n)
+            for records, first, n in in_blocks(blocks, start, end):
+                source.fetch(records, np.arange(n, dtype=np.int64), np.arange(first, first + n, dtype=np.int64))
+                target.write_through(records, first, n)
 
     def approach(self, end: int, *, at_once: bool) -> None:
         """A text of `end` tokens, attended whole, will soon be longer than that: bring what the first step over a set
@@ -162,22 +162,17 @@ class RetrievedKVCache:
         if n_left >= APPROACH_TOKENS or self.context_length <= self.from_tokens:
             return
         if self.disk is not None:
-            n = end - self.cold.n_tokens
-            self._keep_cold(self.cold.n_tokens + (n if at_once else -(-n // (n_left + 1))))
+            start = self.cold.n_tokens
+            n = end - start if at_once else -(-(end - start) // (n_left + 1))
+            self._copy(self._near, self.cold, start, start + n)
         if n_left < APPROACH_SETS:
             self.planner.approach(end, self._near)
 
     def gather(self, end: int) -> None:
         """Have the first `end` tokens in the dense cache, which has room for them."""
-        start = self.dense.length
-        if start >= end:
-            return
-        with record_blocks(self._backend, self._hp) as blocks:
-            for records, first, n in in_blocks(blocks, start, end):
-                rows, positions = np.arange(n, dtype=np.int64), np.arange(first, first + n, dtype=np.int64)
-                self.cold.fetch(records, rows, positions)
-                self._near.keep(records, rows, positions)
-        self.dense.length = end
+        if self.dense.length < end:
+            self._copy(self.cold, self._near, self.dense.length, end)
+            self.dense.length = end
 
     def holder(self) -> ColdTier:
         """Who has all tokens now."""
@@ -190,9 +185,7 @@ class RetrievedKVCache:
         is_near = self.disk is None or n_tokens <= self.from_tokens
         for records in blocks:
             (self._near if is_near else self.cold).write_through(records, first, n)
-            layers = records.shape.layers
-            self.show_keys(first, {layer: records.values()[:n, layers.index(layer), 0]
-                                   for layer in self.selector.key_layers if layer in layers})
+            self._show_keys_in(records, np.arange(n), first)
         self.length = first + n
         if is_near:
             self.dense.length = first + n
@@ -282,13 +275,12 @@ class RetrievedKVCache:
         positions = np.arange(start, end, dtype=np.int64)
         slots = self.hot.slots.where(positions)
         if (slots >= 0).all():
-            self._show_keys(positions, slots)
+            self._show_keys_in(self.hot.records, slots, start)
             return
         with record_blocks(self._backend, self._hp) as blocks:
-            records, layers = blocks[0], blocks[0].shape.layers
-            self.holder().fetch(records, np.arange(end - start, dtype=np.int64), positions)
-            self.show_keys(start, {layer: records.values()[:end - start, layers.index(layer), 0]
-                                   for layer in self.selector.key_layers})
+            rows = np.arange(end - start, dtype=np.int64)
+            self.holder().fetch(blocks[0], rows, positions)
+            self._show_keys_in(blocks[0], rows, start)
 
     def give_back(self) -> None:
         self.dense.give_back()
