@@ -40,7 +40,7 @@ Floats = NDArray[np.float32]
 Positions = NDArray[np.int64]
 # Before a text is too long to be attended whole: so many of its last steps write what the disk is to hold, and the last
 # few are observed and bring tokens into the hot buffer.
-APPROACH_TOKENS, APPROACH_SETS = 128, 4
+APPROACH_TOKENS, APPROACH_SETS = 128, 8
 
 
 class RetrievedKVCache:
@@ -166,7 +166,7 @@ class RetrievedKVCache:
             n = end - start if at_once else -(-(end - start) // (n_left + 1))
             self._copy(self._near, self.cold, start, start + n)
         if n_left < APPROACH_SETS:
-            self.planner.approach(end, self._near)
+            self.planner.approach(end, n_left + 1, self._near)
 
     def gather(self, end: int) -> None:
         """Have the first `end` tokens in the dense cache, which has room for them."""

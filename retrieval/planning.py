@@ -122,19 +122,17 @@ class Planner:
         positions = np.concatenate([chosen.positions, np.arange(batch.start, batch.end, dtype=np.int64)])
         return self._chooser.surviving(positions, self._hot.slots.where(positions), self._hot.observations())
 
-    def approach(self, end: int, near: ColdTier) -> None:
-        """Beside a step that attends to everything, behind `end` tokens: have what one over a set would attend to in
-        the hot buffer, from the tier that has it in memory."""
+    # -- after it ------------------------------------------------------------------------------------------------
+    def approach(self, end: int, n_steps: int, near: ColdTier) -> None:
+        """Behind `end` tokens that were attended whole, so many steps before one over a set: bring a part of what that
+        would attend to into the hot buffer, from the tier that has it in memory."""
         self.settle()
         likely = self._chooser.choose(self._chooser.known(end, self._chooser.survivors), None, None)
         if likely is not None:
-            self._ahead = [self._aside.submit(partial(self._bring_near, likely.positions, near))]
+            lacking = likely.positions[self._hot.slots.where(likely.positions) < 0]
+            missing, slots = self._hot.look_ahead(lacking[:-(-len(lacking) // n_steps)])
+            near.fetch(self._hot.records, slots, missing)
 
-    def _bring_near(self, likely: Positions, near: ColdTier) -> None:
-        missing, slots = self._hot.look_ahead(likely)
-        near.fetch(self._hot.records, slots, missing)
-
-    # -- after it ------------------------------------------------------------------------------------------------
     def commit(self, batch: Batch, chosen: Selection) -> None:
         """The step over `chosen` was computed."""
         self.wait()
