@@ -41,11 +41,12 @@ class Policy:
     """Of what continues an earlier occurrence of the text's end (retrieval/repeats.py)."""
     hold: float = 2.0
     """A token that is held counts so many times as much, so that what is about as good is not exchanged."""
-    late_hold: float = 16.0
-    """And so many times where the step must wait for what comes instead: then only what gains much does, but all of
-    that. (SmolLM2 at 8k, sets of 512 to 640, 192 steps on prose and on two texts of code: KL of 0.071, 0.083, 0.089,
-    44 rows a step, 21 of them late. If any 24 came late that gain at all, and 60 before: 0.074, 0.095, 0.092, of 67
-    rows. Without bounds 0.064, 0.084, 0.080, of 120.)"""
+    late_hold_per_token: float = 1 / 32
+    """And where the step must wait for what comes instead, so many times for each token of the budget: then only what
+    gains much does, but all of that. In a small set each token matters more. (SmolLM2, 512 tokens of 8k, 192 steps on
+    prose and on two texts of code: KL of 0.071, 0.083, 0.089, of 44 rows a step, 21 of them late. If any 24 came late
+    that gain at all, and 60 before: 0.074, 0.095, 0.092, of 67. Without bounds 0.064, 0.084, 0.080, of 120. Questions
+    at 4k, 128 tokens held 16, 8 and 4 times: 0.37, 0.17, 0.15; 256 tokens: 0.094, 0.084, 0.085.)"""
     least_mass: float = 0.8
     """The head is sure of a set that holds this share of its own distribution."""
 
@@ -57,6 +58,10 @@ class Policy:
     def largest(self) -> int:
         """Tokens of the largest set."""
         return max(self.budget, self.most)
+
+    @property
+    def late_hold(self) -> float:
+        return max(self.hold, self.late_hold_per_token * self.budget)
 
     # The most tokens that come for a step: beside the one before, while its last layers compute; and late, once the
     # step's own token is known, when it must wait.

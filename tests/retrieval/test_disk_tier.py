@@ -23,7 +23,7 @@ from retrieval.workers import Workers
 TinyModel = Callable[..., Path]
 N_PROMPT = 420
 POLICY = Policy(96, 128, n_recent=16, least_mass=0.0)
-FICKLE = Policy(180, n_recent=16, least_mass=0.0, hold=1.0, late_hold=1.0,
+FICKLE = Policy(180, n_recent=16, least_mass=0.0, hold=1.0, late_hold_per_token=0.0,
                 survivor_weight=0.0)  # wants to exchange more than it may
 
 

@@ -163,7 +163,7 @@ def test_of_a_set_that_is_held_only_so_many_are_exchanged_and_those_that_gain_mo
 
 
 def test_what_a_step_must_wait_for_comes_only_if_it_gains_much() -> None:
-    policy, scores = Policy(24, n_sinks=2, n_recent=6, hold=1.0, late_hold=8.0), np.zeros(300, np.float32)
+    policy, scores = Policy(24, n_sinks=2, n_recent=6, hold=1.0, late_hold_per_token=1 / 3), np.zeros(300, np.float32)
     scores[100], scores[110] = np.log([4, 20])  # so many times what is held
     known, held = merits(scores, None, policy), np.array([0, 1, *range(50, 66), *range(294, 300)])
     assert {100, 110} <= {*select(known, None, policy, held, 4).positions.tolist()}
