@@ -13,7 +13,7 @@ from longcontext_model import Floats, Positions, Selector, Snapshot
 
 from edgert.engine.retrieval_head import RetrievalHead
 from retrieval.repeats import following, repeats
-from retrieval.selection import Policy, Survivors, merits, select
+from retrieval.selection import Amounts, Policy, Survivors, merits, select
 
 N_SINKS, N_RECENT = 4, 32
 
@@ -123,7 +123,7 @@ class Reuse(OneSet):
 
 
 class Ours(OneSet):
-    """What retrieval/cache.py composes: the head, the attention that was observed on the set in the step before (in
+    """What retrieval/planning.py composes: the head, the attention that was observed on the set in the step before (in
     the same few layers, and on everything in the prompt's last step), and what follows earlier occurrences of the
     text's end; and exchanges as many as that does. Without a head, the two others."""
 
@@ -140,8 +140,7 @@ class Ours(OneSet):
             self._keys = np.zeros((len(snapshot.features), self._head.dim), np.float32)
             self._keys[:n] = self._head.project_keys(snapshot.features[:n], np.arange(n))[:, 0]
         self._n_keys, self._attention = n, np.zeros(n, np.float32)
-        self._next_best: Positions = np.zeros(0, np.int64)
-        self._repeated: Floats = np.zeros(0, np.float32)
+        self._repeated: Amounts = np.zeros(0)
         for layer in self._observed:
             self.observe(layer, None, full_attention(snapshot, layer))
 
@@ -151,11 +150,10 @@ class Ours(OneSet):
         survivors = Survivors(seen, np.pad(self._attention, (0, len(seen) - len(self._attention))))
         known, held = merits(self._scores(n_cached, token_features), survivors, policy), None
         if before is not None:
-            held = np.concatenate([self._next_best, before])
-            held = np.append(held, select(known, following(self._repeated), policy, held, policy.n_beside).positions)
+            likely = select(known, following(self._repeated), policy, before, policy.n_beside).positions
+            held = np.concatenate([likely, before])
         self._repeated = repeats(self._ids[:n_cached], int(self._ids[n_cached]))
-        selection = select(known, self._repeated, policy, held, policy.n_late)
-        chosen, self._next_best = selection.positions, selection.next_best
+        chosen = select(known, self._repeated, policy, held, policy.n_late, is_late=True).positions
         self._attention = np.zeros(len(chosen), np.float32)
         return chosen
 

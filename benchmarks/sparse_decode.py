@@ -40,7 +40,7 @@ from edgert.gguf.model_file import ModelFile
 from edgert.kv_tiers import head_of
 from edgert.paths import Paths
 from edgert.text.tokenizer import Tokenizer
-from retrieval.cache import Counts
+from retrieval.counts import Counts
 from retrieval.engine import RetrievalEngine
 from retrieval.opening import open_retrieval
 from retrieval.sizes import kv_sizes

@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.architectures.base import Hyperparameters
 from retrieval.graph import Observation
-from retrieval.selection import Merits, Policy, Selection, Survivors, merits, select
+from retrieval.selection import Amounts, Merits, Policy, Positions, Selection, Survivors, merits, select
 from retrieval.selectors import Selector
 
-Floats = NDArray[np.float32]
-Positions = NDArray[np.int64]
 # A step that looks at everything costs a dense step, four or five others at 8k tokens: at most one of so many.
 _FULL_EVERY = 64
 _N_OBSERVED = 6  # layers; three cost 1 % of a step
@@ -63,17 +60,15 @@ class Chooser:
             return None
         return merits(np.zeros(n_tokens, np.float32) if scores is None else scores, survivors, self.policy)
 
-    def choose(self, known: Merits | None, repeated: Floats | None, ahead: Positions | None) -> Selection | None:
-        """The set for a step whose token is known. What was planned, `ahead`, and the set before it are there; without
-        a plan, as much more comes late. None where it can only look at everything."""
+    def choose(self, known: Merits | None, repeated: Amounts | None, ahead: Positions | None) -> Selection | None:
+        """The set for a step whose token is known. What was planned, `ahead`, and the set before it are there. None
+        where it can only look at everything."""
         if known is None:
             return None
-        policy, held = self.policy, self.held
-        if ahead is None or held is None:
-            return select(known, repeated, policy, held, policy.n_early + policy.n_beside + policy.n_late)
-        return select(known, repeated, policy, np.concatenate([ahead, held]), policy.n_late)
+        held = self.held if self.held is None or ahead is None else np.concatenate([ahead, self.held])
+        return select(known, repeated, self.policy, held, self.policy.n_late, is_late=True)
 
-    def plan(self, known: Merits, expected: Floats | None, held: Positions) -> Positions:
+    def plan(self, known: Merits, expected: Amounts | None, held: Positions) -> Positions:
         """The likely set for the step after one over the set that is `held`, whose token is not known."""
         return select(known, expected, self.policy, held, self.policy.n_beside).positions
 
@@ -91,7 +86,7 @@ class Chooser:
         alike. The last one is the step's own, and the selector learns of it."""
         if observations:
             seen = np.stack([one.attention for one in observations])  # (n_observed, n_heads, n_cells)
-            attention = (seen.mean(1) + seen.max(1)).mean(0)[cells]
+            attention = (seen.sum((0, 1)) / seen.shape[1] + seen.max(1).sum(0))[cells]
             self.selector.saw(int(positions[-1]), observations)
         else:
             attention = np.ones(len(positions), np.float32)
@@ -99,7 +94,12 @@ class Chooser:
         if len(positions) > n_most:
             best = np.sort(np.argpartition(attention, len(attention) - n_most)[-n_most:])
             positions, attention = positions[best], attention[best]
-        return Survivors(positions, attention.astype(np.float32))
+        return Survivors(positions, attention)
+
+    def saw_everything(self, end: int, observations: Sequence[Observation]) -> None:
+        """A step attended to all of the first `end` tokens."""
+        positions = np.arange(end, dtype=np.int64)
+        self.survivors, self.held = self.surviving(positions, positions, observations), None
 
     def truncate(self, n_tokens: int) -> None:
         if self.survivors is not None:

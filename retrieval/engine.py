@@ -29,7 +29,7 @@ from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import WeightSource
 from edgert.errors import KVStoreError
 from edgert.ggml.backend import Backend
-from retrieval.cache import APPROACH_SETS, APPROACH_TOKENS, RetrievedKVCache
+from retrieval.cache import APPROACH_SETS, RetrievedKVCache
 from retrieval.hot import MAX_STEP_TOKENS
 from retrieval.selection import Selection
 from retrieval.sizes import PASSING_TOKENS
@@ -52,7 +52,7 @@ class Foresight:
     def take(self, batch: Batch, streams: Sequence[Logits]) -> None:
         begin_s = perf_counter()
         some = streams[:1 + len(self.kv.feature_layers)]  # the last may only mark the place
-        self.kv.look_ahead(batch, self.chosen, [stream.copy() for stream in some])
+        self.kv.planner.look_ahead(batch, self.chosen, [stream.copy() for stream in some])
         self.kv.counts.select_s += perf_counter() - begin_s
 
 
@@ -128,14 +128,19 @@ class RetrievalEngine(Engine):
         self._retrieved.begin()
 
     def _approach(self, end: int, is_prompt: bool) -> None:
-        """Do now what the first steps over a set would have to do all at once."""
+        """Do now what the first steps over a set would have to do all at once: with a prompt, which takes long anyhow,
+        build their graphs (20 ms for SmolLM2-135M); with each step of the last ones before, some of the rest."""
         kv = self._retrieved
         kv.approach(end, at_once=is_prompt)
-        is_near = kv.from_tokens - end < APPROACH_TOKENS and kv.context_length > kv.from_tokens
-        if is_near and isinstance(self._hot_graphs, PartedGraphs):
+        if not is_prompt or kv.context_length <= kv.from_tokens:
+            return
+        if isinstance(self._hot_graphs, PartedGraphs):
             sink = self._sink(Selection(np.zeros(0, np.int64), 1.0, True))
             step = Batch(np.zeros(1, np.int32), kv.from_tokens, 1)
             self._hot_graphs.reserve(step, self._through(kv.hot, sink), sink)
+        if isinstance(self._whole_graphs, FusedGraphs) and kv.whole is not None:
+            step = Batch(np.zeros(1, np.int32), kv.from_tokens - 1, 1)
+            self._whole_graphs.reserve([step], self._through(kv.whole, self._features))
 
     def _sink(self, chosen: Selection) -> FeatureSink | None:
         kv = self._retrieved
@@ -162,14 +167,13 @@ class RetrievalEngine(Engine):
         kv = self._retrieved
         begin_s = perf_counter()
         with self._trace.span("select", "compute"):
-            chosen = kv.select(batch)
+            chosen = kv.planner.select(batch)
         kv.counts.select_s += perf_counter() - begin_s
         if chosen is None:
             return self._look_at_everything(batch)
         begin_s = perf_counter()
         with self._trace.span("fetch", "wait"):
             kv.bring(chosen, batch)
-            kv.look_early(chosen)
         kv.counts.fetch_s += perf_counter() - begin_s
         with self._trace.span(f"step over {len(chosen.positions)}", "compute"):
             logits = self._pass([batch], self._hot_graphs, kv.hot, self._sink(chosen))

@@ -31,7 +31,7 @@ _BUCKET = 64
 
 def slots_for(policy: Policy) -> int:
     """Slots for a step's set and its own tokens and, where that is one, for what comes meanwhile."""
-    n_beside_set = max(MAX_STEP_TOKENS, 1 + policy.n_early + policy.n_beside)
+    n_beside_set = max(MAX_STEP_TOKENS, 1 + policy.n_beside)
     return -(-(policy.largest + n_beside_set) // _BUCKET) * _BUCKET
 
 

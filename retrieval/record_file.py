@@ -28,6 +28,7 @@ from retrieval.batched_reads import MAX_READS, BatchedReads
 
 Positions = NDArray[np.int64]
 Checksums = NDArray[np.uint32]
+Flags = NDArray[np.bool_]
 # Buffers of one request: Linux takes 1024, and a run that long is no random access.
 _MAX_RUN = 256
 _SECTOR_BYTES = 512
@@ -106,20 +107,24 @@ class RecordFile:
         self._file.forget(offset, wanted)
 
     # -- reading -------------------------------------------------------------------------------------------------
-    def read(self, positions: Positions, rows: Sequence[memoryview]) -> None:
-        """The records at `positions` (rising) into `rows`, and each compared with its checksum. Raises KVStoreError."""
+    def read(self, positions: Positions, rows: Sequence[memoryview], is_there: Flags | None = None) -> None:
+        """The records at `positions` (rising) into `rows`, and each compared with its checksum. Raises KVStoreError.
+        `is_there` (n,) is set of each as soon as it is."""
+        is_there = np.zeros(len(positions), bool) if is_there is None else is_there
         if self._batches is not None and len(positions) <= MAX_READS:
-            self._read_batch(self._batches, positions, rows)
+            self._read_batch(self._batches, positions, rows, is_there)
             return
         breaks = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
         for start, end in pairwise(breaks):
             for first in range(start, end, _MAX_RUN):
                 last = min(first + _MAX_RUN, end)
                 self._read_run(int(positions[first]), rows[first:last])
-        for position, row in zip(positions.tolist(), rows, strict=True):
+        for index, (position, row) in enumerate(zip(positions.tolist(), rows, strict=True)):
             self._check(position, row)
+            is_there[index] = True
 
-    def _read_batch(self, batches: BatchedReads, positions: Positions, rows: Sequence[memoryview]) -> None:
+    def _read_batch(self, batches: BatchedReads, positions: Positions, rows: Sequence[memoryview],
+                    is_there: Flags) -> None:
         """Each record is checked while others are still to come; the system makes one request of neighbours."""
         addresses = np.array([ctypes.addressof(ctypes.c_char.from_buffer(row)) for row in rows], np.uint64)
         try:
@@ -129,6 +134,7 @@ class RecordFile:
                         raise OSError(-n, os.strerror(-n))
                     self._arrived(n, self.stride_bytes)
                     self._check(int(positions[index]), rows[index])
+                    is_there[index] = True
         except OSError as error:
             raise KVStoreError(str(self.path), f"reading failed: {error.strerror}") from error
         self.n_reads += n_runs(positions)

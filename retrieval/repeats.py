@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Amounts = NDArray[np.float64]
 _MAX_LENGTH = 4  # of a match, in tokens; longer ones say no more
 _GROWTH = 4.0  # a match one token longer counts so many times as much
 # What follows a match is looked at too, each token so much less: an answer's next tokens are there. One token alone is
@@ -22,21 +22,19 @@ _BY_LENGTH[0, 1:] = 0
 _BRINGS = np.cumsum(_BY_LENGTH, axis=0)  # (_MAX_LENGTH, _N_AHEAD + 1): a long match is all the shorter ones too
 
 
-def repeats(token_ids: NDArray[np.int32], token_id: int) -> Floats:
+def repeats(token_ids: NDArray[np.int32], token_id: int) -> Amounts:
     """(n,) of n cached tokens' ids and that of the token that is read: how much each continues the text's end."""
     n = len(token_ids)
     ends = np.flatnonzero(token_ids[:max(0, n - 1)] == token_id)  # where a match ends
-    longer = np.zeros(len(ends), np.int64)  # than one token, by so many
-    going = np.arange(len(ends))
-    for before in range(1, min(_MAX_LENGTH, n)):
-        going = going[ends[going] >= before]
-        going = going[token_ids[ends[going] - before] == token_ids[n - before]]
-        longer[going] = before
+    before = np.arange(1, min(_MAX_LENGTH, n))
+    earlier = ends[:, None] - before  # (n_ends, _MAX_LENGTH - 1)
+    is_same = (token_ids[earlier] == token_ids[n - before]) & (earlier >= 0)
+    longer = np.logical_and.accumulate(is_same, axis=1).sum(1)  # than one token, by so many
     after = ends[:, None] + 1 + _AHEAD
-    return np.bincount(after.ravel(), _BRINGS[longer].ravel(), n)[:n].astype(np.float32)
+    return np.asarray(np.bincount(after.ravel(), _BRINGS[longer].ravel(), n)[:n], np.float64)
 
 
-def following(repeated: Floats) -> Floats:
+def following(repeated: Amounts) -> Amounts:
     """(n + 1,) of what `repeats` says (n,) for a step: what it will say for the next one, should the text go on as it
     did before."""
-    return np.append(np.float32(0), repeated)
+    return np.append(0.0, repeated)

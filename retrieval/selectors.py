@@ -19,7 +19,7 @@ from retrieval.graph import Observation
 PAGE_TOKENS = 16
 # A step's tokens, and as many before: after guesses that were wrong, the query is that of the last right one; after a
 # step that failed, of the one before it.
-_MAX_QUERIES = 16
+_MAX_FEATURES = 16
 Halves = NDArray[np.float16]
 
 
@@ -84,7 +84,7 @@ class HeadSelector:
         self._head, self._n_features = head, (1 + len(head.feature_layers)) * hidden_size
         self.feature_layers: frozenset[int] | None = frozenset(head.feature_layers)
         self._keys = np.zeros((head.n_groups, context_length, head.dim), np.float32)
-        self._queries: dict[int, Floats] = {}  # by position, of the last tokens
+        self._features: dict[int, Floats] = {}  # by position, of the last tokens, for queries
 
     @property
     def resident_bytes(self) -> int:
@@ -93,11 +93,10 @@ class HeadSelector:
     def add_features(self, start: int, streams: Sequence[Floats]) -> None:
         features = features_of(streams)
         positions = np.arange(start, start + len(features), dtype=np.int64)
-        self._keys[:, positions] = self._head.project_keys(features, positions).swapaxes(0, 1)
-        last = positions[-_MAX_QUERIES:]
-        kept = {position: query for position, query in self._queries.items() if -_MAX_QUERIES <= position - start < 0}
-        self._queries = kept | dict(zip(last.tolist(), self._head.project_queries(features[-_MAX_QUERIES:], last),
-                                        strict=True))
+        self._keys[:, start:start + len(features)] = self._head.project_keys(features, positions).swapaxes(0, 1)
+        kept = {at: row for at, row in self._features.items() if -_MAX_FEATURES <= at - start < 0}
+        last = features[-_MAX_FEATURES:].copy()
+        self._features = kept | dict(zip(positions[-_MAX_FEATURES:].tolist(), last, strict=True))
 
     def add_keys(self, start: int, keys: Mapping[int, Halves]) -> None:
         """It reads none."""
@@ -125,9 +124,10 @@ class HeadSelector:
         self._keys[:, :n_tokens_here] = kept[:, :n_tokens_here]
 
     def scores(self, n_tokens: int) -> Floats | None:
-        query = self._queries.get(n_tokens - 1)
-        if query is None:
+        features = self._features.get(n_tokens - 1)
+        if features is None:
             return None
+        query = self._head.project_queries(features[None], np.array([n_tokens - 1], np.int64))[0]
         groups = [self._head.scores(one, keys[:n_tokens]) for one, keys in zip(query, self._keys, strict=True)]
         return groups[0] if len(groups) == 1 else np.mean(groups, axis=0, dtype=np.float32)
 

@@ -1,22 +1,21 @@
 """Keys and values that outlive the process: a text that was computed once is not computed again.
 
-A session is a directory: records of its tokens, a card that names them, and a lock while somebody has it open. Records
-are appended; where a text goes another way, the card first forgets what is then written over. So whatever moment a
-process dies at, what the card names is whole, and a checksum for each record tells what the disk has done to it since.
+A session is a directory: records of its tokens, a card that names them, and a lock while somebody has it open
+(retrieval/session_list.py has them all). Records are appended; where a text goes another way, the card first forgets
+what is then written over. So whatever moment a process dies at, what the card names is whole, and a checksum for each
+record tells what the disk has done to it since.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
-import re
 import shutil
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,18 @@ import numpy as np
 
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.kv_cache import DenseKVCache, KVCache
-from edgert.errors import EdgertError, KVStoreError, NoSpace, UsageError
+from edgert.errors import KVStoreError, NoSpace, UsageError
 from edgert.ggml.backend import Backend
 from retrieval.cache import RetrievedKVCache
 from retrieval.cold import ColdTier, DenseTier
 from retrieval.record_file import RecordFile
 from retrieval.records import Records, RecordShape
 from retrieval.session_card import Damaged, SessionCard
+from retrieval.session_list import CARD, LOCK, forget_oldest, path_of
 from retrieval.staged import in_blocks, record_blocks
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_CARD, _LOCK, _SELECTOR = "card.json", "lock", "selector.f32"
-# All sessions together; the ones that were used longest ago go first.
-MAX_BYTES = 8 * 2**30
+_SELECTOR = "selector.f32"
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A session as `edgert list --sessions` shows it; `problem` where its card cannot be read."""
-
-    name: str
-    model: str
-    n_tokens: int
-    size_bytes: int
-    used_s: float  # when it was saved last, seconds since the epoch
-    problem: str = ""
 
 
 class Session:
@@ -58,14 +43,14 @@ class Session:
     def __init__(self, directory: Path, name: str, fingerprint: str, model: str, hp: Hyperparameters) -> None:
         """Raises UsageError for a name that is none, another model's session, or one that is open elsewhere;
         KVStoreError."""
-        self.name, self._path = name, _path_of(directory, name)
+        self.name, self._path = name, path_of(directory, name)
         self._root, self._hp, self._fingerprint, self._model = directory, hp, fingerprint, model
         self._kinds = {"full": RecordShape.full(hp), "window": RecordShape.windowed(hp)}
         self._kinds = {kind: shape for kind, shape in self._kinds.items() if shape.layers}
         self._files: dict[str, RecordFile] = {}
         try:
             self._path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = os.open(self._path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise KVStoreError(str(self._path), f"cannot be opened: {error.strerror}",
                                "Set EDGERT_HOME to a directory that can be written to.") from error
@@ -84,7 +69,7 @@ class Session:
         empty = SessionCard(self._model, self._fingerprint, self._shape, np.zeros(0, np.int32),
                             {kind: np.zeros(0, np.uint32) for kind in self._kinds})
         try:
-            card = SessionCard.read(self._path / _CARD)
+            card = SessionCard.read(self._path / CARD)
         except FileNotFoundError:
             return empty
         except Damaged as error:
@@ -193,7 +178,7 @@ class Session:
         return replace(card, selector=kv.selector.identity, selector_checksum=zlib.crc32(state.tobytes()))
 
     def _replace(self, card: SessionCard) -> None:
-        card.write(self._path / _CARD)
+        card.write(self._path / CARD)
         self._card = card
 
     def _file(self, kind: str, n_records: int) -> RecordFile:
@@ -230,65 +215,3 @@ def _fill(kv: KVCache, blocks: list[Records], first: int, n: int, n_tokens: int)
     for records in blocks:
         DenseTier(kv).write_through(records, first, n)
     kv.length = first + n
-
-
-# -- all of them -------------------------------------------------------------------------------------------------
-def list_sessions(directory: Path) -> list[Listed]:
-    """Every session, the one that was used last first."""
-    found = []
-    for path in directory.iterdir() if directory.is_dir() else ():
-        if not _NAME.fullmatch(path.name) or not path.is_dir():
-            continue
-        with contextlib.suppress(OSError):
-            size_bytes = sum(one.stat().st_blocks * 512 for one in path.iterdir())
-            used_s = max((one.stat().st_mtime for one in path.iterdir()), default=path.stat().st_mtime)
-            try:
-                card = SessionCard.read(path / _CARD)
-                found.append(Listed(path.name, card.model, card.n_tokens, size_bytes, used_s))
-            except (Damaged, FileNotFoundError) as error:
-                problem = "has nothing yet" if isinstance(error, FileNotFoundError) else str(error)
-                found.append(Listed(path.name, "", 0, size_bytes, used_s, problem))
-    return sorted(found, key=lambda one: -one.used_s)
-
-
-def remove_session(directory: Path, name: str) -> int:
-    """Delete a session; the bytes that it took. Raises UsageError where there is none, or it is open."""
-    path = _path_of(directory, name)
-    listed = next((one for one in list_sessions(directory) if one.name == name), None)
-    if listed is None:
-        raise UsageError(f"there is no session {name!r}", "See `edgert list --sessions`.")
-    with _held(path):
-        shutil.rmtree(path)
-    return listed.size_bytes
-
-
-def forget_oldest(directory: Path, but: str, max_bytes: int = MAX_BYTES) -> None:
-    """Delete sessions until the rest takes no more than `max_bytes`: the oldest first, never `but` nor an open one."""
-    listed = list_sessions(directory)
-    total = sum(one.size_bytes for one in listed)
-    for one in reversed(listed):
-        if total <= max_bytes:
-            return
-        if one.name != but:
-            with contextlib.suppress(EdgertError, OSError):
-                remove_session(directory, one.name)
-                total -= one.size_bytes
-                _log.warning("session %s was removed: sessions take more than %d GiB", one.name, max_bytes >> 30)
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Any:
-    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UsageError(f"session {path.name!r} is open in another process", "End that process first.") from None
-    finally:
-        os.close(lock)
-
-
-def _path_of(directory: Path, name: str) -> Path:
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"{name[:80]!r} is no name for a session", "Use letters, digits, '.', '-' and '_', up to 64.")
-    return directory / name

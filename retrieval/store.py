@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgert.architectures.base import Hyperparameters
 from edgert.ggml.backend import Backend, Cancelled, CancelSwitch
-from retrieval.record_file import N_READERS, RecordFile, n_runs
+from retrieval.record_file import N_READERS, Flags, RecordFile, n_runs
 from retrieval.records import Records, RecordShape
 from retrieval.workers import Workers, wait_for
 
@@ -68,7 +68,10 @@ class DiskTier:
         n_parts = min(N_READERS, -(-len(positions) // least))
         shares = list(zip(np.array_split(positions, n_parts), np.array_split(rows, n_parts), strict=True) if n_parts
                       else [])
-        reads = [(self._workers.submit(partial(part.read, records, into, some)), len(some)) for some, into in shares]
+        reads = []
+        for some, into in shares:
+            is_there = np.zeros(len(some), bool)
+            reads.append((self._workers.submit(partial(part.read, records, into, some, is_there)), is_there))
         return DiskFetch(reads, sum(n_runs(some) for some, _ in shares), len(rows) * records.shape.stride_bytes,
                          self._cancel)
 
@@ -125,16 +128,16 @@ class DiskTier:
 
 
 class DiskFetch:
-    """Reads under way, each of some rows."""
+    """Reads under way, each of some rows, of which it says which are there."""
 
-    def __init__(self, reads: list[tuple[Future[None], int]], n_reads: int, read_bytes: int,
+    def __init__(self, reads: list[tuple[Future[None], Flags]], n_reads: int, read_bytes: int,
                  cancel: CancelSwitch) -> None:
         self._reads, self._cancel = reads, cancel
         self.n_reads, self.read_bytes = n_reads, read_bytes
 
     @property
     def n_to_come(self) -> int:
-        return sum(n_rows for future, n_rows in self._reads if not future.done())
+        return sum(int(np.count_nonzero(~is_there)) for _, is_there in self._reads)
 
     def wait(self) -> None:
         wait_for([future for future, _ in self._reads])
@@ -152,8 +155,8 @@ class _Part:
         self.n_written = self.n_started = self.n_kept = 0
         self.writing: list[Future[None]] = []
 
-    def read(self, records: Records, rows: Positions, positions: Positions) -> None:
-        self.file.read(positions, _memory(records, rows))
+    def read(self, records: Records, rows: Positions, positions: Positions, is_there: Flags) -> None:
+        self.file.read(positions, _memory(records, rows), is_there)
 
     def write(self, start: int, end: int) -> None:
         self.file.write(start, _memory(self.waiting, np.arange(start, end, dtype=np.int64) % N_WAITING))

@@ -118,7 +118,7 @@ def run_remove(args: argparse.Namespace) -> int:
 def _list_sessions(args: argparse.Namespace) -> int:
     from edgert.paths import Paths
     from edgert.units import format_bytes
-    from retrieval.sessions import list_sessions
+    from retrieval.session_list import list_sessions
 
     sessions = list_sessions(Paths.of_user().sessions)
     if args.json:
@@ -136,7 +136,7 @@ def _list_sessions(args: argparse.Namespace) -> int:
 def _remove_session(args: argparse.Namespace) -> int:
     from edgert.paths import Paths
     from edgert.units import format_bytes
-    from retrieval.sessions import remove_session
+    from retrieval.session_list import remove_session
 
     freed_bytes = remove_session(Paths.of_user().sessions, args.session)
     print(_json({"removed": [args.session], "freed_bytes": freed_bytes}) if args.json

@@ -57,11 +57,9 @@ class RetrievalHead(Protocol):
 
 def features_of(streams: Sequence[Floats]) -> Floats:
     """(n, n_features) of the embedding rows and of the residual stream after each feature layer, each (n, hidden_size)
-    float32, in this order. n_features = (1 + number of feature layers) * hidden_size."""
-    return np.concatenate([_normed(stream) for stream in streams], axis=1, dtype=np.float32)
-
-
-def _normed(x: Floats) -> Floats:
-    """Each row over its root mean square, as a norm without weights."""
-    mean_square = np.einsum("ij,ij->i", x, x)[:, None] / np.float32(x.shape[1])
-    return np.asarray(x / np.sqrt(mean_square + _EPS), np.float32)
+    float32, in this order: every one divided by its root mean square, as by a norm without weights. n_features =
+    (1 + number of feature layers) * hidden_size."""
+    stacked = np.stack(streams, axis=1, dtype=np.float32)  # (n, n_streams, hidden_size)
+    mean_square = np.einsum("nsh,nsh->ns", stacked, stacked) / np.float32(stacked.shape[2])
+    stacked /= np.sqrt(mean_square + _EPS)[:, :, None]
+    return stacked.reshape(len(stacked), -1)

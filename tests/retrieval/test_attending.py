@@ -21,7 +21,9 @@ from retrieving import (
 
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.batch import Batch
+from edgert.engine.fused import FusedGraphs
 from edgert.engine.kv_cache import DenseKVCache
+from edgert.engine.parted import PartedGraphs
 from edgert.errors import ContextOverflow
 from edgert.ggml.abi import TYPE_F32
 from edgert.ggml.backend import Allocator, Backend, Cancelled
@@ -293,3 +295,14 @@ def test_a_text_that_grows_to_its_threshold_is_attended_whole_to_the_last_token(
             assert kv.cold.n_tokens == FROM_TOKENS, "the step beyond has nothing left to write"
         answer(sparse, [5], 2)
         assert sparse.selected_tokens is not None
+
+
+def test_what_steps_over_a_set_compute_with_is_built_with_the_prompt(tiny_model: TinyModel) -> None:
+    with open_retrieving(tiny_model("llama"), fused=True) as engine:
+        hot, whole = engine._hot_graphs, engine._whole_graphs
+        assert isinstance(hot, PartedGraphs) and isinstance(whole, FusedGraphs)
+        answer(engine, random_tokens(FROM_TOKENS - 20), 0)
+        built = [*hot._states], [*whole._states.values()]
+        answer(engine, [5], 30)
+        assert engine.selected_tokens is not None and all(built)
+        assert built == ([*hot._states], [*whole._states.values()])

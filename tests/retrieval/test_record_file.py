@@ -80,9 +80,13 @@ def test_a_flipped_bit_is_an_error(file: RecordFile, records: Records, bit: int)
         raw.seek(-1, os.SEEK_CUR)
         raw.write(bytes([byte ^ (1 << bit)]))
         os.fsync(raw.fileno())
-    read(file, [19, 21], records)
+    is_there = np.zeros(2, bool)
+    file.read(np.array([19, 21]), memory(records)[:2], is_there)
+    assert is_there.all()
+    is_there[:] = False
     with pytest.raises(KVStoreError, match="token 20"):
-        read(file, [19, 20], records)
+        file.read(np.array([19, 20]), memory(records)[:2], is_there)
+    assert not is_there[1]
 
 
 def test_after_a_batch_that_ends_early_the_next_ones_are_read(file: RecordFile, records: Records) -> None:
@@ -200,7 +204,7 @@ def test_damage_while_an_answer_is_made_is_a_pause_after_which_it_goes_on(
         expected = [engine.step(np.array([one], np.int32))[0].copy() for one in rest]
     with open_retrieving(path, tmp_path, policy=policy) as engine:
         answer(engine, prompt, len(said))
-        engine._retrieved._settle()
+        engine._retrieved.planner.settle()
         damaged_while_running(engine, monkeypatch, damage, 1)
         after = [engine.step(np.array([one], np.int32))[0].copy() for one in rest]
         assert engine.kv.length == 428

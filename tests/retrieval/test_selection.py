@@ -162,15 +162,13 @@ def test_of_a_set_that_is_held_only_so_many_are_exchanged_and_those_that_gain_mo
     assert 105 in set_of(scores, None, None, policy, held).positions
 
 
-def test_what_would_have_come_too_is_told_if_it_is_better_than_what_has_stayed() -> None:
-    policy, scores = Policy(56, n_sinks=2, n_recent=6, hold=2.0), np.zeros(300, np.float32)
-    scores[100:110] = 5
-    scores[50] = 0.1
-    held = np.array([0, 1, *range(150, 198), *range(294, 300)])
-    chosen = set_of(scores, None, None, policy, held, 8)
-    new = {*chosen.positions.tolist()} - {*held.tolist()}
-    assert len(new) == 8 and new < {*range(100, 110)}
-    assert new | {*chosen.next_best.tolist()} == {*range(100, 110)} and (np.diff(chosen.next_best) > 0).all()
+def test_what_a_step_must_wait_for_comes_only_if_it_gains_much() -> None:
+    policy, scores = Policy(24, n_sinks=2, n_recent=6, hold=1.0, late_hold_per_token=1 / 3), np.zeros(300, np.float32)
+    scores[100], scores[110] = np.log([4, 20])  # so many times what is held
+    known, held = merits(scores, None, policy), np.array([0, 1, *range(50, 66), *range(294, 300)])
+    assert {100, 110} <= {*select(known, None, policy, held, 4).positions.tolist()}
+    late = {*select(known, None, policy, held, 4, is_late=True).positions.tolist()}
+    assert 110 in late and 100 not in late
 
 
 @given(n_tokens=st.integers(30, 400), seed=st.integers(0, 50), n_held=st.integers(0, 60),

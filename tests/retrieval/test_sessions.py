@@ -21,7 +21,8 @@ from retrieval import sessions
 from retrieval.cache import RetrievedKVCache
 from retrieval.selection import Policy
 from retrieval.session_card import SessionCard
-from retrieval.sessions import Session, forget_oldest, list_sessions, remove_session
+from retrieval.session_list import forget_oldest, list_sessions, remove_session
+from retrieval.sessions import Session
 
 TinyModel = Callable[..., Path]
 PROMPT, SAID = random_tokens(420), [(7 * i + 3) % 250 for i in range(6)]
