@@ -62,11 +62,11 @@ def test_choosing_a_set_takes_longer_the_longer_the_text_and_the_larger_the_set(
 def test_a_set_is_fetched_beside_half_of_a_step_and_what_lasts_longer_is_waited_for() -> None:
     quick, slow, thin = DiskSpeed(1e9, 1e-4), DiskSpeed(1e9, 4e-3), DiskSpeed(1e6, 1e-4)
     assert replace(DISK, tier="memory").wait_s(10_000, 20_000, slow, 0.01) == DISK.wait_s(2048, 20_000, slow, 0.01) == 0
-    late_s = 1e-4 + 0.75 * 24 * 4e-5
+    late_s = 1e-4 + 24 / 3 * 4e-5
     assert DISK.wait_s(10_000, 20_000, quick, 0.01) == pytest.approx(late_s)
-    assert DISK.wait_s(10_000, 20_000, quick, 0.002) == pytest.approx(1e-4 + 0.75 * 60 * 4e-5 - 0.001 + late_s)
-    assert DISK.wait_s(10_000, 20_000, slow, 0.01) == pytest.approx(2 * 4e-3 + 0.75 * 84 * 1.6e-3 - 0.005)
-    assert DISK.wait_s(10_000, 20_000, thin, 0.01) == pytest.approx(2 * 1e-4 + 0.75 * 84 * 0.02 - 0.005)
+    assert DISK.wait_s(10_000, 20_000, quick, 0.002) == pytest.approx(1e-4 + 60 * 4e-5 - 0.001 + late_s)
+    assert DISK.wait_s(10_000, 20_000, slow, 0.01) == pytest.approx(2 * 4e-3 + (60 + 24 / 3) * 1.6e-3 - 0.005)
+    assert DISK.wait_s(10_000, 20_000, thin, 0.01) == pytest.approx(2 * 1e-4 + (60 + 24 / 3) * 0.02 - 0.005)
     assert replace(DISK, n_late=16).wait_s(10_000, 20_000, quick, 0.01) < late_s
 
 

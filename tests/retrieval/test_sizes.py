@@ -43,7 +43,7 @@ def test_fixed_bytes_and_bytes_for_each_token_are_those_of_the_opened_cache(
     opened = kv.hot.resident_bytes + (disk.resident_bytes if disk else 0)
     assert sizes.fixed_bytes == opened
     assert sizes.selector_bytes_per_token * 4096 == selector.resident_bytes
-    assert sizes.n_beside == kv.policy.n_early + kv.policy.n_beside and sizes.n_late == kv.policy.n_late
+    assert (sizes.n_beside, sizes.n_late) == (policy_for(128).n_beside, policy_for(128).n_late)
     kv.close()
     backend.close()
 
