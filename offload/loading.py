@@ -41,6 +41,8 @@ from offload.window import WindowWeights, by_block
 # What the process still grows by after its weights are placed: stacks of readers and of compute threads (1 MiB), the
 # template engine (2 MiB), what Python and the C library keep. 114 graphs with their Python objects took 3 MiB.
 _GROWTH_BYTES, _GRAPH_BYTES = 5 * 2**20, 32 * 2**10
+# Those of a prompt's experts, with the gaps that they leave in the heap: 10 MiB after ten prompts of 3 to 984 tokens.
+_EXPERT_GRAPH_BYTES = 80 * 2**10
 # The kernel reads ahead this far behind a header, more than any disk's read_ahead_kb that we have seen.
 _READAHEAD_BYTES = 32 * 2**20
 _log = logging.getLogger(__name__)
@@ -210,7 +212,7 @@ def _growth_bytes(arch: Architecture, context_length: int, n_logits: int) -> int
     n_kinds = 4 if n_logits > 1 else 2
     n_graphs = 12 * n_kinds + 8 + 2 * n_kinds * context_length // CELLS_PER_BUCKET
     if arch.hp.n_experts:  # every size of a wave. A token's own were made once: the process holds their memory already.
-        n_graphs = MAX_GRAPHS
+        return _GROWTH_BYTES + MAX_GRAPHS * _EXPERT_GRAPH_BYTES
     return _GROWTH_BYTES + min(MAX_GRAPHS, n_graphs) * _GRAPH_BYTES
 
 
