@@ -23,7 +23,6 @@ from edgert.memory.model import (
     missed_expert_bytes,
     predict,
     streamed_bytes,
-    token_bytes,
 )
 from edgert.memory.profile import DeviceProfile, HitCurve
 from edgert.memory.shape import ModelShape, Overheads, Phase
@@ -222,8 +221,8 @@ def _plan(demand: Demand, sizes: Sizes, budget_bytes: int) -> Plan:
 
 
 def _stages(demand: Demand, sizes: Sizes) -> tuple[Stage, ...]:
-    """What can stay while the cache is not full: KV that is not there yet leaves its memory to weights, and beyond
-    those that every token needs to experts.
+    """What can stay while the cache is not full: KV that is not there yet, and all that a long prompt would keep, leave
+    their memory to weights, and beyond those that every token needs to experts.
 
     Source: the thresholds of SpeContext, arXiv 2512.00722, algorithm 2; there KV moves out, here weights do.
     """
@@ -232,7 +231,8 @@ def _stages(demand: Demand, sizes: Sizes) -> tuple[Stage, ...]:
     for number in range(1, _N_STAGES + 1):
         cells = -(-context * number // _N_STAGES // CELLS_PER_BUCKET) * CELLS_PER_BUCKET
         n_tokens = min(context, cells)
-        unused = token_bytes(shape, context) - token_bytes(shape, n_tokens)
+        unused = memory_bytes(shape, demand.overheads, sizes, context) - memory_bytes(shape, demand.overheads, sizes,
+                                                                                      n_tokens)
         there = sizes if sizes.weights == "resident" else _with_more(shape, sizes, unused)
         stage = Stage(n_tokens, there.pinned_bytes, there.pool_slots, _of_token(demand, there).pool_slots)
         if stages and replace(stages[-1], n_tokens=n_tokens) == stage:

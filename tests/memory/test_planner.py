@@ -134,6 +134,15 @@ def test_kv_and_buffers_that_are_not_there_leave_their_memory_to_experts() -> No
     assert early < late
 
 
+def test_outputs_that_only_a_long_prompt_keeps_leave_their_memory_to_experts() -> None:
+    """Where a pool holds less than a layer, those of all batches but one."""
+    one = moe_shape()
+    plan = plan_with(Demand(one, OVERHEADS, 2048), 4 * GIB,
+                     Sizes("streamed", one.small_bytes + one.large_bytes, 0, pool_slots=10, part_tokens=128))
+    more = 1536 * (one.kv_bytes_per_token + one.hidden_bytes_per_token + one.kept_bytes_per_token)
+    assert [plan.stage(n).prompt_slots for n in (512, 2048)] == [10 + more // one.slot_bytes, 10]
+
+
 def test_where_other_weights_stream_experts_have_no_buffers_of_prompts() -> None:
     """Single tokens compute in these too, then."""
     demand = Demand(moe_shape(), replace(OVERHEADS, prompt_bytes=15 * MIB), 2048)
