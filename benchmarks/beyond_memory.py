@@ -146,7 +146,7 @@ def budget_of_residency(args: argparse.Namespace, percent: float) -> int:
     from edgert.gguf.model_file import ModelFile
 
     hp, budget = open_architecture(ModelFile.open(args.model)).hp, int(args.model.stat().st_size / 2)
-    plan = limited(args, "edgert", budget, 8, 1)
+    plan = limited(args, "edgert", budget, 8, 2)  # a prompt and a token: experts have more room then
     wanted = round(hp.n_layers * hp.n_experts * percent / 100)
     return int(budget + (wanted - plan["expert_slots"]) * plan["expert_slot_bytes"])
 

@@ -345,7 +345,7 @@ def open_planned(planning: Planning, plan: Plan, trace: Trace = OFF,
         weights = open_window(backend, file, arch, planning.pieces, plan, trace=trace)
         engine = _engine(planning, weights, plan, trace, collective, planning.graphs)
         planning.release()
-        governor = Governor(plan, weights, kv, MemoryProbe())
+        governor = Governor(plan, weights, kv, planning.graphs, MemoryProbe())
         engine.between_steps = governor.before_step
         return engine, governor
     layouts = Layouts({"prefill": frozenset(), "decode": frozenset(), **plan.sizes.repacked})

@@ -44,9 +44,9 @@ class ExpertPool:
     def __init__(self, shape: PoolShape, hp: Hyperparameters, n_slots: int, arena: Arena, buffer: Buffer,
                  files: Sequence[DirectFile], is_cancelled: Callable[[], bool], *, n_threads: int = 4,
                  trace: Trace = OFF) -> None:
-        self.shape, self.n_slots, self.holds_a_layer = shape, n_slots, n_slots >= hp.n_experts
+        self.shape, self.n_slots = shape, n_slots
         self._files, self._is_cancelled, self._trace, self._arena = files, is_cancelled, trace, arena
-        self._n_used, self._least_slots = hp.n_experts_used, min(n_slots, hp.n_experts)
+        self._n_used, self._of_layer = hp.n_experts_used, hp.n_experts
         self._base = arena.carve(n_slots * shape.slot_bytes)
         self._slots = ExpertSlots(n_slots, hp.n_layers)
         self._clock, self._offset = _Clock(), 0
@@ -80,16 +80,20 @@ class ExpertPool:
         return self._readers.bytes_read
 
     @property
-    def spare_bytes(self) -> int:
-        """What `give_back` may take: never a layer's slots, without which all outputs of a prompt would be kept."""
-        return (self.n_slots - self._least_slots) * self.shape.slot_bytes
+    def holds_a_layer(self) -> bool:
+        return self._slots.n_slots >= self._of_layer
 
-    def give_back(self, n_bytes: int) -> None:
-        """Let the system have slots worth `n_bytes` of the pool as it was made, or take some again; only between two
-        steps. Raises Cancelled."""
+    def spare_bytes(self, n_slots: int) -> int:
+        """What so many slots may give back: never a layer's, without which all outputs of a prompt would be kept."""
+        return max(0, n_slots - self._of_layer) * self.shape.slot_bytes
+
+    def keep(self, n_slots: int, less_bytes: int = 0) -> None:
+        """Have `n_slots` of those that the pool was made with, less those that `less_bytes` of their `spare_bytes` are
+        worth: the system has the others' memory. Only between two steps. Raises Cancelled."""
+        assert n_slots <= self.n_slots
         self.release()  # what a step that was stopped has left
         self._let_go()
-        n_slots = max(self._least_slots, self.n_slots - -(-n_bytes // self.shape.slot_bytes))
+        n_slots -= -(-min(less_bytes, self.spare_bytes(n_slots)) // self.shape.slot_bytes)
         before = self._slots.n_slots
         if n_slots == before:
             return

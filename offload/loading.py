@@ -41,6 +41,8 @@ from offload.window import WindowWeights, by_block
 # What the process still grows by after its weights are placed: stacks of readers and of compute threads (1 MiB), the
 # template engine (2 MiB), what Python and the C library keep. 114 graphs with their Python objects took 3 MiB.
 _GROWTH_BYTES, _GRAPH_BYTES = 5 * 2**20, 32 * 2**10
+# Those of a prompt's experts, with the gaps that they leave in the heap: 10 MiB after ten prompts of 3 to 984 tokens.
+_EXPERT_GRAPH_BYTES = 80 * 2**10
 # The kernel reads ahead this far behind a header, more than any disk's read_ahead_kb that we have seen.
 _READAHEAD_BYTES = 32 * 2**20
 _log = logging.getLogger(__name__)
@@ -120,7 +122,7 @@ def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv
     """Everything but weights and KV, for a full context of `kv` and steps that want up to `n_logits` rows of logits.
     Shards never compute as one graph, and always in the smallest parts."""
     headers = Headers(backend, pieces, model, batch_size, _most_slots(pieces, arch, budget_bytes))
-    n_tokens, compute_bytes = min(batch_size, kv.context_length), dict[int, int]()
+    n_tokens, compute_bytes, prompt_bytes = min(batch_size, kv.context_length), dict[int, int](), 0
     parts = PART_TOKENS[-1:] if is_shard else PART_TOKENS[:1] if arch.hp.n_experts else PART_TOKENS
     graphs.is_alone = not is_shard
     try:
@@ -131,7 +133,7 @@ def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv
             compute_bytes[part_tokens] = graphs.reserve(_largest(most, n_logits, kv),
                                                         lambda states: forward(states, arch, headers, kv, Solo()))
         if arch.hp.n_experts and not is_shard:
-            segments_bytes = _segments_bytes(backend, arch, kv, headers)
+            segments_bytes, prompt_bytes = _segments_bytes(backend, arch, kv, headers), graphs.own_bytes
             compute_bytes = {part: n_bytes + segments_bytes for part, n_bytes in compute_bytes.items()}
     finally:
         headers.close()
@@ -139,7 +141,7 @@ def measure_overheads(backend: Backend, model: ModelFile, arch: Architecture, kv
         forget_cached(path, data_start + _READAHEAD_BYTES)
     return Overheads(_process_bytes(probe, budget_bytes), _growth_bytes(arch, kv.context_length, n_logits),
                      compute_bytes, fused_bytes or max(compute_bytes.values()),
-                     EmbeddingRows.bytes_needed(model, batch_size, kv.context_length), batch_size)
+                     EmbeddingRows.bytes_needed(model, batch_size, kv.context_length), batch_size, prompt_bytes)
 
 
 def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: Sequence[Piece], plan: Plan, *,
@@ -148,7 +150,7 @@ def open_window(backend: Backend, model: ModelFile, arch: Architecture, pieces: 
     static, experts = split_experts(pieces)
     residency = choose(static, plan.stages[0].pinned_bytes, plan.sizes.window_bytes,
                        [stage.pinned_bytes for stage in plan.stages[1:]])
-    pool = (PoolShape.of(experts), plan.sizes.pool_slots) if experts else None
+    pool = (PoolShape.of(experts), plan.stages[0].token_slots) if experts else None
     pool_bytes = pool[1] * pool[0].slot_bytes if pool else 0
     _log_plan(residency, plan, pool_bytes)
     spare_bytes = spare_window_bytes(residency)
@@ -210,7 +212,7 @@ def _growth_bytes(arch: Architecture, context_length: int, n_logits: int) -> int
     n_kinds = 4 if n_logits > 1 else 2
     n_graphs = 12 * n_kinds + 8 + 2 * n_kinds * context_length // CELLS_PER_BUCKET
     if arch.hp.n_experts:  # every size of a wave. A token's own were made once: the process holds their memory already.
-        n_graphs = MAX_GRAPHS
+        return _GROWTH_BYTES + MAX_GRAPHS * _EXPERT_GRAPH_BYTES
     return _GROWTH_BYTES + min(MAX_GRAPHS, n_graphs) * _GRAPH_BYTES
 
 

@@ -187,15 +187,15 @@ class WindowWeights:
                     self._arena.give_back(self.window_address, self._spare_bytes)
                 self._read_ahead()
 
-    @property
-    def spare_expert_bytes(self) -> int:
-        """What experts' slots could give back."""
-        return self.experts.spare_bytes if self.experts else 0
+    def spare_expert_bytes(self, n_slots: int) -> int:
+        """What so many slots of experts could give back."""
+        return self.experts.spare_bytes(n_slots) if self.experts else 0
 
-    def give_back_experts(self, n_bytes: int) -> None:
-        """Let slots worth `n_bytes` go, of those that there were first; only between two steps. Raises Cancelled."""
+    def keep_experts(self, n_slots: int, less_bytes: int) -> None:
+        """Let experts have `n_slots`, less those that `less_bytes` are worth; only between two steps. Raises
+        Cancelled."""
         if self.experts is not None:
-            self.experts.give_back(n_bytes)
+            self.experts.keep(n_slots, less_bytes)
 
     def _fill(self, n_pinned: int) -> None:
         """Read the pieces of the stack from where it is filled up to `n_pinned`."""

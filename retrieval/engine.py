@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgert.architectures.base import Architecture
 from edgert.engine.batch import Batch
 from edgert.engine.blockwise import BlockwiseGraphs
-from edgert.engine.engine import Engine, forward
+from edgert.engine.engine import BetweenSteps, Engine, forward
 from edgert.engine.features import FeatureSink
 from edgert.engine.fused import FusedGraphs, State
 from edgert.engine.kv_cache import KVCache
@@ -60,7 +60,7 @@ class RetrievalEngine(Engine):
     def __init__(self, arch: Architecture, weights: WeightSource, kv: RetrievedKVCache, backend: Backend, *,
                  store: Path = Path(), batch_size: int = 512, fused: bool | None = None,
                  graphs: BlockwiseGraphs | None = None, trace: Trace = OFF,
-                 between_steps: Callable[[int], None] = lambda n_tokens: None) -> None:
+                 between_steps: BetweenSteps = lambda n_tokens, leaves_buffers: None) -> None:
         features = kv if kv.selector.feature_layers is not None else None
         super().__init__(arch, weights, kv, backend, batch_size=batch_size, fused=fused, graphs=graphs, trace=trace,
                          features=features, between_steps=between_steps)

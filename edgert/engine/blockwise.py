@@ -26,6 +26,7 @@ from edgert.engine.scratch import Scratch
 from edgert.errors import OutOfMemory
 from edgert.ggml.backend import Allocator, Backend, Buffer
 from edgert.ggml.graph import Graph
+from edgert.ggml.library import trim_heap
 
 # A prompt of 8k tokens passes in parts whose attention reads 32 numbers of cells: a shape each, and an attention graph
 # for every kind of layer (60 KiB each).
@@ -53,7 +54,12 @@ class BlockwiseGraphs:
     @property
     def compute_bytes(self) -> int:
         """Memory of intermediate results, of ggml's work on them, of inputs and logits."""
-        return (sum(a.size_bytes for a in self._allocators.values()) + self._work_bytes
+        return self.own_bytes + self._work_bytes
+
+    @property
+    def own_bytes(self) -> int:
+        """What `give_back` gives: all but the work memory, which ggml keeps."""
+        return (sum(a.size_bytes for a in self._allocators.values())
                 + (self._buffer.size_bytes if self._buffer else 0) + self.experts.size_bytes)
 
     def run(self, batches: list[Batch], forward: Callable[[list[State]], None],
@@ -156,6 +162,13 @@ class BlockwiseGraphs:
             graph.close()
         self._scratch.clear()
         self._graphs.clear()
+
+    def give_back(self) -> None:
+        """Let the system have all memory but ggml's own; the next batch makes graphs and buffers anew."""
+        if self.own_bytes:
+            self.close()
+            self._allocators = self._new_allocators()
+            trim_heap()  # graphs of many sizes leave gaps: the heap was 12 MiB larger after fifty prompts, with it 3
 
     def close(self) -> None:
         self._forget_all()

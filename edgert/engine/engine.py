@@ -28,6 +28,9 @@ from edgert.engine.weights import Experts, Leases, WeightSource
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Tensor
 
+# What stays in memory may change there. Given the tokens to come, and whether the step does without the buffers that a
+# prompt computes in.
+BetweenSteps = Callable[[int, bool], None]
 _EMBEDDING = -1  # among the layers with features: what comes before the first
 
 
@@ -37,12 +40,12 @@ class Engine:
     def __init__(self, arch: Architecture, weights: WeightSource, kv: KVCache, backend: Backend, *,
                  collective: Collective | None = None, batch_size: int = 512, fused: bool | None = None,
                  graphs: BlockwiseGraphs | None = None, trace: Trace = OFF, features: FeatureSink | None = None,
-                 between_steps: Callable[[int], None] = lambda n_tokens: None) -> None:
+                 between_steps: BetweenSteps = lambda n_tokens, leaves_buffers: None) -> None:
         self.arch, self.weights, self.kv, self.backend = arch, weights, kv, backend
         self.collective: Collective = collective or Solo()
         self.batch_size, self._trace, self._laps = batch_size, trace, Laps(weights)
         self._features = features
-        self.between_steps = between_steps  # what stays in memory may change there; given the tokens to come
+        self.between_steps = between_steps
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
         self._graphs = FusedGraphs(backend, arch, kv) if whole else graphs or BlockwiseGraphs(backend, arch, kv)
@@ -67,8 +70,8 @@ class Engine:
         before, or longer by whole batches.
         """
         self.kv.check_room(self.kv.length + len(token_ids), self.arch.hp.context_length)
-        self.between_steps(self.kv.length + len(token_ids))
         batches = split(token_ids, self.kv.length, self.batch_size, n_outputs)
+        self.between_steps(self.kv.length + len(token_ids), self._waits_for_experts_alone(batches))
         account = Account()
         self._laps.rest(account)
         logits = self._run(batches)

@@ -1,9 +1,10 @@
 """Moves weights between two steps: out of the way of a growing context, and of other programs.
 
-As the context crosses a threshold of the plan, weights make room for KV. When memory runs short around the process,
-weights are given back, the least worth first, and taken again once there is plenty for a while: experts before what is
-pinned, for every token needs all of the one and few of the other. What is given back is read meanwhile, so an answer
-in progress goes on with the same tokens. Knows no files and no tensors.
+As the context crosses a threshold of the plan, weights make room for KV; as a prompt comes, experts make room for what
+it computes in. When memory runs short around the process, weights are given back, the least worth first, and taken
+again once there is plenty for a while: experts before what is pinned, for every token needs all of the one and few of
+the other. What is given back is read meanwhile, so an answer in progress goes on with the same tokens. Knows no files
+and no tensors.
 """
 
 from __future__ import annotations
@@ -40,18 +41,25 @@ class Pinned(Protocol):
 
     def pin(self, n_bytes: int) -> None: ...
 
-    @property
-    def spare_expert_bytes(self) -> int:
-        """What experts' slots could give back, of those that there were first."""
+    def spare_expert_bytes(self, n_slots: int) -> int:
+        """What so many slots of experts could give back."""
         ...
 
-    def give_back_experts(self, n_bytes: int) -> None: ...
+    def keep_experts(self, n_slots: int, less_bytes: int) -> None:
+        """Let experts have `n_slots`, less those that `less_bytes` are worth."""
+        ...
 
 
 class Cells(Protocol):
     """A KV cache that can give back what lies beyond its length."""
 
     length: int
+
+    def give_back(self) -> None: ...
+
+
+class Buffers(Protocol):
+    """What prompts compute in; the next one makes it anew."""
 
     def give_back(self) -> None: ...
 
@@ -69,9 +77,9 @@ class Surroundings(Protocol):
 class Governor:
     """`before_step` is called between two steps, and only there."""
 
-    def __init__(self, plan: Plan, weights: Pinned, kv: Cells, surroundings: Surroundings,
+    def __init__(self, plan: Plan, weights: Pinned, kv: Cells, buffers: Buffers, surroundings: Surroundings,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._plan, self._weights, self._kv = plan, weights, kv
+        self._plan, self._weights, self._kv, self._buffers = plan, weights, kv, buffers
         self._surroundings, self._clock = surroundings, clock
         self._n_tokens = 0  # the most that the cache's memory holds
         self._looked_s = self._calm_since_s = clock()
@@ -82,8 +90,9 @@ class Governor:
         spare = max(0, surroundings.available_bytes() - to_come)
         self.reserve_bytes = min(int(plan.budget_bytes * _RESERVE_SHARE), int(spare * _SHARE_OF_SPARE))
 
-    def before_step(self, n_tokens: int) -> None:
-        """Make room for a cache of `n_tokens`. Raises what reading weights back raises, Cancelled."""
+    def before_step(self, n_tokens: int, leaves_buffers: bool) -> None:
+        """Make room for a cache of `n_tokens`, and for a prompt's buffers, unless the step leaves them alone. Raises
+        what reading weights back raises, Cancelled."""
         if self._plan.stage(n_tokens) != self._plan.stage(self._n_tokens) and n_tokens < self._n_tokens:
             self._kv.give_back()  # another text has begun
             self._n_tokens = 0
@@ -92,9 +101,13 @@ class Governor:
         if now - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now
             self._look(now)
-        of_experts = min(self.given_bytes, self._weights.spare_expert_bytes)
-        self._weights.give_back_experts(of_experts)
-        self._weights.pin(max(0, self._plan.stage(self._n_tokens).pinned_bytes - (self.given_bytes - of_experts)))
+        stage = self._plan.stage(self._n_tokens)
+        n_slots = stage.token_slots if leaves_buffers else stage.prompt_slots
+        if n_slots > stage.prompt_slots:
+            self._buffers.give_back()
+        of_experts = min(self.given_bytes, self._weights.spare_expert_bytes(n_slots))
+        self._weights.keep_experts(n_slots, of_experts)
+        self._weights.pin(max(0, stage.pinned_bytes - (self.given_bytes - of_experts)))
 
     def _look(self, now: float) -> None:
         free, stalled = self._surroundings.available_bytes(), self._surroundings.stalled_percent()
@@ -104,7 +117,8 @@ class Governor:
             self._calm_since_s = now
             self._stall_step_s = now if stalls else self._stall_step_s
             step = max(int(_GIVE_UNTIL * reserve) - free, reserve if stalls else 0)
-            most = self._plan.stage(self._n_tokens).pinned_bytes + self._weights.spare_expert_bytes
+            stage = self._plan.stage(self._n_tokens)
+            most = stage.pinned_bytes + self._weights.spare_expert_bytes(stage.token_slots)
             self.given_bytes = min(self.given_bytes + step, most)
             _log.info("memory runs short: %d MiB of weights given back", self.given_bytes >> 20)
         elif free <= _TAKE_ABOVE * reserve or stalled > _CALM_PERCENT:

@@ -20,7 +20,6 @@ from edgert.memory.model import (
     missed_expert_bytes,
     predict,
     streamed_bytes,
-    token_bytes,
 )
 from edgert.memory.profile import DeviceProfile, HitCurve
 from edgert.memory.shape import ModelShape, Overheads, Phase
@@ -51,15 +50,19 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Up to `n_tokens` in the cache, `pinned_bytes` of weights stay."""
+    """Up to `n_tokens` in the cache, `pinned_bytes` of weights stay, and experts have `prompt_slots` while a prompt
+    passes and `token_slots` while single tokens do: these need none of a prompt's buffers."""
 
     n_tokens: int
     pinned_bytes: int
+    prompt_slots: int = 0
+    token_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What lies where. `sizes` hold when the context is full; `stages` say what is pinned until then."""
+    """What lies where. `sizes` hold when the context is full and a prompt passes; `stages` say what there is room for
+    until then."""
 
     budget_bytes: int
     context_length: int
@@ -74,9 +77,11 @@ class Plan:
         """The stage that holds `n_tokens`: a look-up, for it happens before every token."""
         return next((stage for stage in self.stages if n_tokens <= stage.n_tokens), self.stages[-1])
 
-    def sizes_at(self, n_tokens: int) -> Sizes:
-        """What is pinned with `n_tokens` in the cache."""
-        return replace(self.sizes, pinned_bytes=self.stage(n_tokens).pinned_bytes)
+    def sizes_at(self, n_tokens: int, *, is_token: bool = False) -> Sizes:
+        """What there is room for with `n_tokens` in the cache, while a prompt passes or one token does."""
+        stage = self.stage(n_tokens)
+        slots = stage.token_slots if is_token else stage.prompt_slots
+        return replace(self.sizes, pinned_bytes=stage.pinned_bytes, pool_slots=slots)
 
 
 def make_plan(demand: Demand, profile: DeviceProfile, budget_bytes: int) -> Plan:
@@ -126,19 +131,21 @@ def budget_for(demand: Demand, profile: DeviceProfile, target_tok_s: float, most
 
 def expected_peak_bytes(demand: Demand, plan: Plan, n_prompt: int, n_tokens: int) -> int:
     """Peak memory of a text of `n_tokens` that begins with a prompt of `n_prompt`: the most of the stages that it
-    passes. A prompt that is shorter than what is computed at once fills no more than its share of compute buffers."""
+    passes. A prompt that is shorter than what is computed at once fills no more than its share of compute buffers;
+    experts fill all of what is free between prompts."""
     overheads, sizes = demand.overheads, plan.sizes
     in_parts = sizes.weights == "streamed" and not demand.shape.n_experts
     at_once = min(sizes.part_tokens if in_parts else plan.batch_size, demand.context_length)
     filled = overheads.filled(min(1.0, n_prompt / at_once))
-    ends = [min(stage.n_tokens, n_tokens) for stage in plan.stages if stage.n_tokens >= n_prompt]
-    return max(memory_bytes(demand.shape, filled, plan.sizes_at(end), end) for end in ends or [n_tokens])
+    ends = [min(stage.n_tokens, n_tokens) for stage in plan.stages if stage.n_tokens >= n_prompt] or [n_tokens]
+    return max(memory_bytes(demand.shape, filled.between_prompts() if is_token else filled,
+                            plan.sizes_at(end, is_token=is_token), end) for end in ends for is_token in (True, False))
 
 
 def predict_pass(demand: Demand, profile: DeviceProfile, plan: Plan, n_tokens: int, n_cached: int = 0) -> Prediction:
     """A pass of `n_tokens` over a cache of `n_cached`: one token of an answer, or a prompt."""
-    return predict(demand.shape, profile, plan.sizes_at(n_cached + n_tokens), n_tokens, n_cached,
-                   batch_size=plan.batch_size, curve=demand.curve)
+    return predict(demand.shape, profile, plan.sizes_at(n_cached + n_tokens, is_token=n_tokens == 1), n_tokens,
+                   n_cached, batch_size=plan.batch_size, curve=demand.curve)
 
 
 def tok_s(demand: Demand, profile: DeviceProfile, plan: Plan) -> float:
@@ -157,7 +164,8 @@ def default_context(trained: int, kv_bytes_per_token: int, budget_bytes: int | N
 
 
 def _decode_s(demand: Demand, profile: DeviceProfile, sizes: Sizes) -> float:
-    return predict(demand.shape, profile, sizes, 1, demand.context_length // 2, curve=demand.curve).total_s
+    return predict(demand.shape, profile, _of_token(demand, sizes), 1, demand.context_length // 2,
+                   curve=demand.curve).total_s
 
 
 def _to_9_digits(seconds: float) -> float:
@@ -167,6 +175,7 @@ def _to_9_digits(seconds: float) -> float:
 
 def read_bytes(demand: Demand, sizes: Sizes) -> float:
     """What a token is expected to read: of two plans of equal speed, the one that leaves the disk alone."""
+    sizes = _of_token(demand, sizes)
     return streamed_bytes(demand.shape, sizes) + missed_expert_bytes(demand.shape, sizes, 1, demand.curve)
 
 
@@ -182,8 +191,7 @@ def _candidates(demand: Demand, budget_bytes: int) -> Iterator[Sizes]:
         empty = Sizes("streamed", pool_slots=slots, part_tokens=part)
         free = budget_bytes - memory_bytes(shape, demand.overheads, empty, context)
         if free >= most:  # what is left is for experts
-            more = (free - most) // shape.slot_bytes if shape.n_experts else 0
-            yield replace(empty, pinned_bytes=most, pool_slots=min(shape.n_slots, slots + more))
+            yield _with_experts(shape, replace(empty, pinned_bytes=most), free - most)
         for window in windows:
             if shape.small_bytes + window <= free and shape.large_bytes:
                 yield replace(empty, pinned_bytes=min(most, free - window), window_bytes=window)
@@ -211,22 +219,43 @@ def _plan(demand: Demand, sizes: Sizes, budget_bytes: int) -> Plan:
 
 
 def _stages(demand: Demand, sizes: Sizes) -> tuple[Stage, ...]:
-    """What can be pinned while the cache is not full: KV that is not there yet leaves its memory to weights.
+    """What can stay while the cache is not full: KV that is not there yet, and all that a long prompt would keep, leave
+    their memory to weights, and beyond those that every token needs to experts.
 
     Source: the thresholds of SpeContext, arXiv 2512.00722, algorithm 2; there KV moves out, here weights do.
     """
     shape, context = demand.shape, demand.context_length
-    most = shape.small_bytes + shape.large_bytes
-    if sizes.weights == "resident" or sizes.pinned_bytes >= most:
-        return (Stage(context, sizes.pinned_bytes),)
     stages: list[Stage] = []
     for number in range(1, _N_STAGES + 1):
         cells = -(-context * number // _N_STAGES // CELLS_PER_BUCKET) * CELLS_PER_BUCKET
         n_tokens = min(context, cells)
-        unused = token_bytes(shape, context) - token_bytes(shape, n_tokens)
-        stage = Stage(n_tokens, min(most, sizes.pinned_bytes + unused))
-        if stages and stages[-1].pinned_bytes == stage.pinned_bytes:
+        unused = memory_bytes(shape, demand.overheads, sizes, context) - memory_bytes(shape, demand.overheads, sizes,
+                                                                                      n_tokens)
+        there = sizes if sizes.weights == "resident" else _with_more(shape, sizes, unused)
+        stage = Stage(n_tokens, there.pinned_bytes, there.pool_slots, _of_token(demand, there).pool_slots)
+        if stages and replace(stages[-1], n_tokens=n_tokens) == stage:
             stages.pop()
         if not stages or stages[-1].n_tokens < n_tokens:
             stages.append(stage)
     return tuple(stages)
+
+
+def _with_more(shape: ModelShape, sizes: Sizes, n_bytes: int) -> Sizes:
+    """With `n_bytes` more for weights: for what is pinned, then for experts."""
+    pinned = max(sizes.pinned_bytes, min(shape.small_bytes + shape.large_bytes, sizes.pinned_bytes + n_bytes))
+    return _with_experts(shape, replace(sizes, pinned_bytes=pinned), n_bytes - (pinned - sizes.pinned_bytes))
+
+
+def _of_token(demand: Demand, sizes: Sizes) -> Sizes:
+    """While single tokens pass: where all but experts is pinned, these have what only a prompt's buffers need. A set of
+    cached tokens is attended to in those."""
+    shape, pinned = demand.shape, sizes.pinned_bytes
+    if sizes.weights == "resident" or shape.kv is not None or pinned < shape.small_bytes + shape.large_bytes:
+        return sizes
+    return _with_experts(shape, sizes, demand.overheads.prompt_bytes)
+
+
+def _with_experts(shape: ModelShape, sizes: Sizes, n_bytes: int) -> Sizes:
+    """With slots for `n_bytes` more of experts, as long as there are experts without."""
+    more = n_bytes // shape.slot_bytes if shape.n_experts else 0
+    return replace(sizes, pool_slots=min(shape.n_slots, sizes.pool_slots + more))

@@ -62,11 +62,18 @@ class Overheads:
     fused_compute_bytes: int  # ggml's buffers, the whole model in one graph
     embedding_bytes: int  # rows of the embedding table, where the table itself is on disk
     batch_size: int = 512
+    prompt_bytes: int = 0  # of the compute buffers, what single tokens do without, and is free between prompts
 
     def filled(self, share: float) -> Overheads:
         """With so much of the compute buffers touched: all but logits grows with the tokens computed at once."""
         return replace(self, fused_compute_bytes=int(share * self.fused_compute_bytes),
-                       compute_bytes={part: int(share * n_bytes) for part, n_bytes in self.compute_bytes.items()})
+                       compute_bytes={part: int(share * n_bytes) for part, n_bytes in self.compute_bytes.items()},
+                       prompt_bytes=int(share * self.prompt_bytes))
+
+    def between_prompts(self) -> Overheads:
+        """Without the compute buffers that only prompts need."""
+        return replace(self, prompt_bytes=0, compute_bytes={part: n_bytes - self.prompt_bytes
+                                                            for part, n_bytes in self.compute_bytes.items()})
 
     def streamed_bytes(self, part_tokens: int) -> int:
         """All of it, where weights stream and batches are computed in parts."""

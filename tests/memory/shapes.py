@@ -69,7 +69,8 @@ def demands(draw: st.DrawFn) -> Demand:
 def overheads(draw: st.DrawFn) -> Overheads:
     """Any process, with compute buffers that are smaller for smaller parts."""
     process, growth, least, more, fused, rows = (draw(st.integers(0, 512 * MIB)) for _ in range(6))
-    return Overheads(process, growth, {256: least + more, 128: least}, fused, rows)
+    return Overheads(process, growth, {256: least + more, 128: least}, fused, rows,
+                     prompt_bytes=draw(st.integers(0, least)))
 
 
 @st.composite

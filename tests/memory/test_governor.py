@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
-from shapes import MIB, OVERHEADS, profile, shape
+from shapes import MIB, OVERHEADS, moe_shape, profile, shape
 
 from edgert.memory.governor import Governor
 from edgert.memory.planner import Demand, Plan, make_plan
@@ -18,12 +18,16 @@ PLAN = make_plan(Demand(shape(), OVERHEADS, 8192), profile(), BUDGET)
 class Weights:
     pinned_bytes: int = PLAN.stages[0].pinned_bytes
     moves: list[int] = field(default_factory=list)
-    spare_expert_bytes: int = 0
+    spare_bytes: int = 0
     experts_given: int = 0
+    n_slots: int = 0
 
-    def give_back_experts(self, n_bytes: int) -> None:
-        assert n_bytes <= self.spare_expert_bytes
-        self.experts_given = n_bytes
+    def spare_expert_bytes(self, n_slots: int) -> int:
+        return self.spare_bytes
+
+    def keep_experts(self, n_slots: int, less_bytes: int) -> None:
+        assert less_bytes <= self.spare_bytes
+        self.n_slots, self.experts_given = n_slots, less_bytes
 
     def pin(self, n_bytes: int) -> None:
         if n_bytes != self.pinned_bytes:
@@ -41,6 +45,14 @@ class Cells:
 
 
 @dataclass
+class Buffers:
+    n_given_back: int = 0
+
+    def give_back(self) -> None:
+        self.n_given_back += 1
+
+
+@dataclass
 class Device:
     """A machine with a neighbour: what is free is what neither takes."""
 
@@ -51,7 +63,7 @@ class Device:
     now: float = 0.0
 
     def process_bytes(self) -> int:
-        experts_bytes = self.weights.spare_expert_bytes - self.weights.experts_given
+        experts_bytes = self.weights.spare_bytes - self.weights.experts_given
         return PLAN.peak_bytes - PLAN.stages[0].pinned_bytes + self.weights.pinned_bytes + experts_bytes
 
     def available_bytes(self) -> int:
@@ -67,29 +79,29 @@ class Device:
 def governed(plan: Plan = PLAN, total_bytes: int = 1000 * MIB) -> tuple[Governor, Weights, Cells, Device]:
     weights, cells = Weights(), Cells()
     device = Device(weights, total_bytes)
-    return Governor(plan, weights, cells, device, device.clock), weights, cells, device
+    return Governor(plan, weights, cells, Buffers(), device, device.clock), weights, cells, device
 
 
 def run(governor: Governor, device: Device, seconds: float, n_tokens: int = 100) -> None:
     """Steps of a tenth of a second."""
     for _ in range(round(seconds * 10)):
         device.now += 0.1
-        governor.before_step(n_tokens)
+        governor.before_step(n_tokens, False)
 
 
 def test_weights_make_room_for_kv_at_each_threshold_and_nowhere_else() -> None:
     governor, weights, _, _ = governed()
     for n_tokens in range(1, 8193):
-        governor.before_step(n_tokens)
+        governor.before_step(n_tokens, False)
     assert weights.moves == [stage.pinned_bytes for stage in PLAN.stages[1:]]
 
 
 def test_another_text_gives_the_cells_back_before_weights_return() -> None:
     governor, weights, cells, _ = governed()
-    governor.before_step(8000)
-    governor.before_step(7990)  # a little of it was taken back: nothing moves
+    governor.before_step(8000, False)
+    governor.before_step(7990, False)  # a little of it was taken back: nothing moves
     assert (cells.n_given_back, weights.pinned_bytes) == (0, PLAN.stages[-1].pinned_bytes)
-    governor.before_step(10)
+    governor.before_step(10, False)
     assert (cells.n_given_back, weights.pinned_bytes) == (1, PLAN.stages[0].pinned_bytes)
 
 
@@ -156,7 +168,7 @@ def test_the_surroundings_are_not_looked_at_for_every_token(seconds: float) -> N
     governor, _, _, device = governed()
     device.neighbour_bytes = 10**12
     device.now += seconds
-    governor.before_step(10)
+    governor.before_step(10, False)
     assert governor.given_bytes == 0
 
 
@@ -169,9 +181,9 @@ def test_no_more_is_given_than_there_is() -> None:
 
 
 def test_experts_go_before_what_every_token_needs_and_come_back_after_it() -> None:
-    weights = Weights(spare_expert_bytes=100 * MIB)
+    weights = Weights(spare_bytes=100 * MIB)
     device = Device(weights, 1100 * MIB)
-    governor = Governor(PLAN, weights, Cells(), device, device.clock)
+    governor = Governor(PLAN, weights, Cells(), Buffers(), device, device.clock)
     device.neighbour_bytes = 230 * MIB
     run(governor, device, 1)
     assert 0 < weights.experts_given < 100 * MIB
@@ -183,3 +195,27 @@ def test_experts_go_before_what_every_token_needs_and_come_back_after_it() -> No
     device.neighbour_bytes = 0
     run(governor, device, 10)
     assert (weights.experts_given, weights.pinned_bytes) == (0, PLAN.stages[0].pinned_bytes)
+
+
+def test_a_prompts_buffers_and_experts_are_not_there_at_once() -> None:
+    plan = make_plan(Demand(moe_shape(), replace(OVERHEADS, prompt_bytes=15 * MIB), 8192), profile(), 700 * MIB)
+    weights, buffers = Weights(), Buffers()
+    device = Device(weights)
+    governor = Governor(plan, weights, Cells(), buffers, device, device.clock)
+    first, second, *_ = plan.stages
+    moves = []
+    for n_tokens, leaves_buffers in ((100, False), (101, True), (102, True), (140, False), (second.n_tokens, True)):
+        governor.before_step(n_tokens, leaves_buffers)
+        moves.append((weights.n_slots, buffers.n_given_back))
+    assert moves == [(first.prompt_slots, 0), (first.token_slots, 1), (first.token_slots, 2), (first.prompt_slots, 2),
+                     (second.token_slots, 3)]
+    assert second.token_slots < first.prompt_slots < first.token_slots
+
+
+def test_buffers_stay_where_experts_have_no_use_for_them() -> None:
+    plan = make_plan(Demand(moe_shape(), OVERHEADS, 2048), profile(), 700 * MIB)
+    weights, buffers = Weights(), Buffers()
+    device = Device(weights)
+    governor = Governor(plan, weights, Cells(), buffers, device, device.clock)
+    governor.before_step(100, True)
+    assert (weights.n_slots, buffers.n_given_back) == (plan.stages[0].prompt_slots, 0)

@@ -36,12 +36,15 @@ def test_the_plan_never_exceeds_the_budget_at_any_length(demand: Demand, device:
     budget = smallest_budget(demand) + more
     plan = make_plan(demand, device, budget)
     assert plan.peak_bytes <= budget
-    for stage in plan.stages:
-        assert memory_bytes(demand.shape, demand.overheads, plan.sizes_at(stage.n_tokens), stage.n_tokens) <= budget
+    for n_tokens in (stage.n_tokens for stage in plan.stages):
+        assert memory_bytes(demand.shape, demand.overheads, plan.sizes_at(n_tokens), n_tokens) <= budget
+        assert memory_bytes(demand.shape, demand.overheads.between_prompts(), plan.sizes_at(n_tokens, is_token=True),
+                            n_tokens) <= budget
     assert plan.stages[-1].n_tokens == demand.context_length
-    pinned = [stage.pinned_bytes for stage in plan.stages]
-    assert pinned == sorted(pinned, reverse=True)
-    assert pinned[-1] == plan.sizes.pinned_bytes
+    pinned, slots = [stage.pinned_bytes for stage in plan.stages], [stage.prompt_slots for stage in plan.stages]
+    assert (pinned, slots) == (sorted(pinned, reverse=True), sorted(slots, reverse=True))
+    assert (pinned[-1], slots[-1]) == (plan.sizes.pinned_bytes, plan.sizes.pool_slots)
+    assert all(stage.prompt_slots <= stage.token_slots <= demand.shape.n_slots for stage in plan.stages)
 
 
 @fuzzed
@@ -118,6 +121,37 @@ def test_kv_that_is_not_there_yet_leaves_its_memory_to_weights() -> None:
     assert early < late
 
 
+def test_kv_and_buffers_that_are_not_there_leave_their_memory_to_experts() -> None:
+    one = moe_shape()
+    demand = Demand(one, replace(OVERHEADS, prompt_bytes=15 * MIB), 8192)
+    plan = make_plan(demand, profile(), 1000 * MIB)
+    first, last = plan.stages[0], plan.stages[-1]
+    assert (len(plan.stages), first.n_tokens, last.n_tokens) == (8, 1024, 8192)
+    assert first.pinned_bytes == last.pinned_bytes == one.small_bytes + one.large_bytes
+    more = 7 * (kv_bytes(one, 1024) + 1024 * 8192) // one.slot_bytes
+    assert (first.prompt_slots, last.prompt_slots) == (plan.sizes.pool_slots + more, plan.sizes.pool_slots)
+    assert {stage.token_slots - stage.prompt_slots for stage in plan.stages} == {15 * MIB // one.slot_bytes}
+    early, late = (predict_pass(demand, profile(), plan, 1, n).total_s for n in (100, 8000))
+    assert early < late
+
+
+def test_outputs_that_only_a_long_prompt_keeps_leave_their_memory_to_experts() -> None:
+    """Where a pool holds less than a layer, those of all batches but one."""
+    one = moe_shape()
+    plan = plan_with(Demand(one, OVERHEADS, 2048), 4 * GIB,
+                     Sizes("streamed", one.small_bytes + one.large_bytes, 0, pool_slots=10, part_tokens=128))
+    more = 1536 * (one.kv_bytes_per_token + one.hidden_bytes_per_token + one.kept_bytes_per_token)
+    assert [plan.stage(n).prompt_slots for n in (512, 2048)] == [10 + more // one.slot_bytes, 10]
+
+
+def test_where_other_weights_stream_experts_have_no_buffers_of_prompts() -> None:
+    """Single tokens compute in these too, then."""
+    demand = Demand(moe_shape(), replace(OVERHEADS, prompt_bytes=15 * MIB), 2048)
+    plan = make_plan(demand, profile(), smallest_budget(demand) + MIB)
+    assert streamed_bytes(demand.shape, plan.sizes) > 0
+    assert [stage.token_slots for stage in plan.stages] == [stage.prompt_slots for stage in plan.stages]
+
+
 @fuzzed
 @given(demands(), profiles(), st.integers(0, 4 * GIB), st.integers(1, 2**17), st.integers(1, 2**17))
 def test_no_text_is_expected_to_take_more_than_the_plan(demand: Demand, device: DeviceProfile, more: int, n_prompt: int,
@@ -143,6 +177,16 @@ def test_what_gave_way_before_a_prompt_came_does_not_count_with_it() -> None:
     long = memory_bytes(demand.shape, demand.overheads, plan.sizes_at(4096), 4096)
     assert expected_peak_bytes(demand, plan, 4096, 4096) == long
     assert plan.sizes_at(4096).pinned_bytes < plan.sizes_at(1).pinned_bytes
+
+
+def test_experts_are_expected_to_fill_what_a_short_prompt_left_of_the_buffers() -> None:
+    demand = Demand(moe_shape(), replace(OVERHEADS, prompt_bytes=15 * MIB), 2048)
+    plan = make_plan(demand, profile(), 600 * MIB)
+    without = make_plan(Demand(moe_shape(), OVERHEADS, 2048), profile(), 600 * MIB)
+    assert plan.stages[0].token_slots == without.stages[0].token_slots + 10
+    more = expected_peak_bytes(demand, plan, 8, 2048) - expected_peak_bytes(
+        replace(demand, overheads=OVERHEADS), without, 8, 2048)
+    assert more == 10 * moe_shape().slot_bytes - 15 * MIB * 8 // 512
 
 
 def test_experts_get_a_pool_and_dense_weights_are_pinned_first() -> None:

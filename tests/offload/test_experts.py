@@ -22,6 +22,7 @@ from edgert import Runtime
 from edgert.architectures.base import Weights
 from edgert.architectures.registry import open_architecture
 from edgert.engine.block_state import BlockState
+from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.errors import BudgetTooSmall
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Graph, Tensor
@@ -104,17 +105,41 @@ def test_a_pool_that_gives_memory_back_and_takes_it_again_changes_nothing(tiny_m
     path = tiny_model(family, quantisation="MIXED", n_experts=N_EXPERTS)
     with open_streaming(path, 1.0, n_slots=2 * N_EXPERTS) as engine:
         pool, shares = pool_of(engine), cycle((0.0, 1.0, 0.4, 9.0, 0.0))
-        assert pool.spare_bytes == N_EXPERTS * pool.shape.slot_bytes
+        spare_bytes = pool.spare_bytes(2 * N_EXPERTS)
+        assert spare_bytes == N_EXPERTS * pool.shape.slot_bytes
 
-        def move(n_tokens: int) -> None:
+        def move(n_tokens: int, leaves_buffers: bool) -> None:
             share = next(shares)
-            pool.give_back(int(share * pool.spare_bytes))
+            pool.keep(2 * N_EXPERTS, int(share * spare_bytes))
             n_slots = 2 * N_EXPERTS - ceil(min(share, 1.0) * N_EXPERTS)
             assert pool.plan()["expert_slots"] == n_slots
 
         engine.between_steps = move
         for expected, logits in zip(resident_logits(path), logits_of(engine, STEPS), strict=True):
             np.testing.assert_array_equal(expected, logits)
+
+
+@pytest.mark.parametrize("family", ["qwen3moe", "smallthinker"])
+def test_a_pool_that_holds_a_layer_between_prompts_alone_changes_nothing(tiny_model: TinyModel, family: str) -> None:
+    """Its prompts keep the outputs of all batches, its tokens compute in graphs of their own, and prompts in new ones
+    each time."""
+    path, n_slots = tiny_model(family, quantisation="MIXED", n_experts=N_EXPERTS), list[int]()
+    with open_streaming(path, 1.0, n_slots=2 * N_EXPERTS) as engine:
+        pool, graphs = pool_of(engine), engine._graphs
+        assert isinstance(graphs, BlockwiseGraphs)
+
+        def lend(n_tokens: int, leaves_buffers: bool) -> None:
+            if leaves_buffers:
+                graphs.give_back()
+                assert graphs.compute_bytes == 0
+            n_slots.append(2 * N_EXPERTS if leaves_buffers else 3)
+            pool.keep(n_slots[-1])
+            assert pool.holds_a_layer == leaves_buffers
+
+        engine.between_steps = lend
+        for expected, logits in zip(resident_logits(path), logits_of(engine, STEPS), strict=True):
+            np.testing.assert_array_equal(expected, logits)
+        assert n_slots == [2 * N_EXPERTS if len(step) == 1 else 3 for step in STEPS]
 
 
 @pytest.mark.parametrize("family", ["qwen3moe", "smallthinker"])
@@ -235,7 +260,7 @@ def test_weights_that_begin_to_stream_and_stay_again_change_nothing(tiny_model: 
     path = tiny_model("smallthinker", quantisation="MIXED")
     with open_streaming(path, 1.0, n_slots=5) as engine:
         window, budgets = window_of(engine), cycle((2**40, 0, 2**40))
-        engine.between_steps = lambda n_tokens: window.pin(next(budgets))
+        engine.between_steps = lambda n_tokens, leaves_buffers: window.pin(next(budgets))
         for expected, logits in zip(resident_logits(path), logits_of(engine, STEPS), strict=True):
             np.testing.assert_array_equal(expected, logits)
 
@@ -273,7 +298,14 @@ def test_a_budget_pins_everything_else_first_and_leaves_the_rest_to_experts(tiny
             plan = runtime.plan()
             n_slots.append(plan["expert_slots"])
             assert plan["streamed_bytes_per_pass"] == 0
-            assert runtime.generate([1, 2, 3], max_tokens=3).result() == ""
+            for prompt in ([1, 2, 3], [4, 5]):  # for a prompt some give way to what it computes in, then return
+                answer, during = runtime.generate(prompt, max_tokens=3), list[int]()
+                assert runtime.forecast is not None
+                stage = runtime.forecast.plan.stages[0]
+                for _ in answer:
+                    during.append(runtime.plan()["expert_slots"])
+                assert during == [stage.prompt_slots, stage.token_slots, stage.token_slots]
+                assert stage.prompt_slots < stage.token_slots == plan["expert_slots"]
     assert n_slots[0] >= 2
     assert n_slots == sorted(set(n_slots))
     slot_bytes = plan["expert_slot_bytes"]

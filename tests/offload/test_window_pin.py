@@ -52,7 +52,7 @@ def test_an_answer_is_the_same_when_memory_is_taken_away_and_given_back(tiny_mod
         expected = logits_of(resident, STEPS)
     with open_streaming(path, 0.8) as engine:
         shares = shares_pinned(window_of(engine))
-        engine.between_steps = lambda n_tokens: window_of(engine).pin(next(shares))
+        engine.between_steps = lambda n_tokens, leaves_buffers: window_of(engine).pin(next(shares))
         for a, b in zip(expected, logits_of(engine, STEPS), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -67,7 +67,7 @@ def test_what_was_all_pinned_gives_memory_back_too(tiny_model: TinyModel, archit
         most, shares = weights.residency.pinned_bytes, shares_pinned(weights)
         assert weights.pinned_bytes == most and not weights.bytes_per_pass
 
-        def move(n_tokens: int) -> None:
+        def move(n_tokens: int, leaves_buffers: bool) -> None:
             n_bytes = next(shares)
             weights.pin(n_bytes)
             window_bytes = weights.window_bytes if weights.bytes_per_pass else 0
