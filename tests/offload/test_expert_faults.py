@@ -56,6 +56,14 @@ def fail_in_layer(engine: Engine, disk: FaultyDisk, layer: int) -> None:
     disk.fails_from, disk.fails_before = matrix.piece.offset, matrix.piece.offset + matrix.piece.n_bytes
 
 
+def recover(engine: Engine, disk: FaultyDisk) -> None:
+    """The disk is whole again, and reads that were under way have ended: they may still fail."""
+    disk.fails_with = None
+    for reads in pool_of(engine)._reads.values():
+        for read in reads:
+            assert read.done.wait(5)
+
+
 @FAMILIES
 @pytest.mark.parametrize("n_graphs", [0, 2, 5, 9, 14, 22, 33])
 @pytest.mark.parametrize("n_slots", [1, N_EXPERTS])
@@ -111,7 +119,7 @@ def test_nothing_is_computed_on_an_expert_that_could_not_be_read(
             step(engine, PROMPT)
         assert engine.kv.length == 0
     assert computed == set(range(layer))
-    disk.fails_with = None
+    recover(engine, disk)
     np.testing.assert_array_equal(step(engine, PROMPT), expected[0])
     np.testing.assert_array_equal(step(engine, NEXT), expected[1])
 
@@ -125,7 +133,7 @@ def test_a_failing_read_in_decode_stops_that_token_only(path: Path, monkeypatch:
         with pytest.raises(ModelFileError, match="Input/output error"):
             step(engine, NEXT)
         assert engine.kv.length == len(PROMPT)
-        disk.fails_with = None
+        recover(engine, disk)
         np.testing.assert_array_equal(step(engine, NEXT), expected[1])
         np.testing.assert_array_equal(step(engine, NEXT), expected[2])
 
