@@ -53,10 +53,8 @@ def comfortable_bytes(blocks: Blocks) -> int:
 def overlap(blocks: Blocks, window_bytes: int) -> float:
     """The share of the time of the shorter of reading and computing in which the other goes on.
 
-    1 - (1 - x) ** 2 / 2 with x = (window - least window) / max(largest block, 20 MiB) between 0 and 1: while smaller
-    blocks than the largest compute, the least window has room for another's bytes, which hides a half; with a largest
-    block's worth on its way, the disk is always busy. (At half of their sizes, Qwen2.5-0.5B and 1.5B hid 0.66 and 0.45
-    with x = 0, 0.84 and 0.72 with 1/4, 0.87 and 0.87 with 1/2; benchmarks/plan_choices.py.)
+    (window - least window) / max(largest block, 20 MiB), between 0 and 1: the least window reads a block, then
+    computes; with another block's worth on its way, the disk is busy meanwhile.
     """
-    ahead = (window_bytes - least_window(blocks)) / comfortable_bytes(blocks)
-    return 1 - (1 - min(1.0, max(0.0, ahead))) ** 2 / 2
+    ahead = window_bytes - least_window(blocks)
+    return min(1.0, max(0.0, ahead / comfortable_bytes(blocks)))
