@@ -100,7 +100,10 @@ def text_of(args: argparse.Namespace) -> NDArray[np.int32]:
     if args.synthetic:
         return np.asarray(np.random.default_rng(0).integers(0, 30_000, n), np.int32)
     if args.snapshot and args.snapshot.exists():
-        return np.asarray(np.load(args.snapshot)["ids"], np.int32)[:n]
+        ids = np.asarray(np.load(args.snapshot)["ids"], np.int32)[:n]
+        if len(ids) < n:
+            raise SystemExit(f"{args.snapshot} was made for fewer --steps or a shorter --context: name another file")
+        return ids
     files = args.text or sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py"))
     tokenizer = Tokenizer.open(args.model)
     token_ids: list[int] = []
