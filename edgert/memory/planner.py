@@ -225,12 +225,12 @@ def _stages(demand: Demand, sizes: Sizes) -> tuple[Stage, ...]:
     Source: the thresholds of SpeContext, arXiv 2512.00722, algorithm 2; there KV moves out, here weights do.
     """
     shape, context = demand.shape, demand.context_length
+    full_bytes = memory_bytes(shape, demand.overheads, sizes, context)
     stages: list[Stage] = []
     for number in range(1, _N_STAGES + 1):
         cells = -(-context * number // _N_STAGES // CELLS_PER_BUCKET) * CELLS_PER_BUCKET
         n_tokens = min(context, cells)
-        unused = memory_bytes(shape, demand.overheads, sizes, context) - memory_bytes(shape, demand.overheads, sizes,
-                                                                                      n_tokens)
+        unused = full_bytes - memory_bytes(shape, demand.overheads, sizes, n_tokens)
         there = sizes if sizes.weights == "resident" else _with_more(shape, sizes, unused)
         stage = Stage(n_tokens, there.pinned_bytes, there.pool_slots, _of_token(demand, there).pool_slots)
         if stages and replace(stages[-1], n_tokens=n_tokens) == stage:
