@@ -80,7 +80,7 @@ def test_a_budget_that_is_too_small_is_refused_before_a_weight_is_read(path: Pat
     monkeypatch.setattr("offload.window.WindowWeights.__init__", lambda *_, **__: pytest.fail("weights were opened"))
     with pytest.raises(BudgetTooSmall) as refusal:
         Runtime.load(path, threads=1, context=CONTEXT, memory=budget_of(path, 0.0) - 2**20)
-    assert abs(refusal.value.smallest_bytes - budget_of(path, 0.0)) < 2**20
+    assert abs(refusal.value.smallest_bytes - budget_of(path, 0.0)) < 2 * 2**20
 
 
 def test_an_answer_teaches_how_often_experts_are_found(tiny_model: TinyModel, tmp_path: Path,

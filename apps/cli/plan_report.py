@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from edgert.memory.kv import KVSizes
 from edgert.memory.model import repacked_bytes, staging_bytes, token_bytes
-from edgert.memory.planner import Plan, budget_for, make_plan, predict_pass, read_bytes, smallest_budget
+from edgert.memory.planner import Plan, advised_budget, budget_for, make_plan, predict_pass, read_bytes, smallest_budget
 from edgert.memory.profile import DeviceProfile, Limit
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Report:
                    read_bytes(demand, plan.sizes),
                    {"read": middle.read_s, "multiply": middle.multiply_s, "attend": middle.attend_s,
                     "overhead": middle.overhead_s}, 1 / predict_pass(demand, device, more, 1, context // 2).total_s,
-                   smallest_budget(demand), target, device, demand.shape.kv)
+                   min(advised_budget(demand), budget), target, device, demand.shape.kv)
 
     def to_dict(self) -> dict[str, Any]:
         """One object for `--json`, bytes and seconds."""
@@ -108,12 +108,12 @@ def _memory(planning: Planning, plan: Plan) -> dict[str, int]:
     if sizes.weights == "resident":
         parts = {"weights, mapped": shape.file_bytes, "weights, repacked": repacked_bytes(shape, sizes),
                  "KV cache": plan.kv_bytes, "compute buffers": overheads.fused_compute_bytes
-                 + staging_bytes(shape, max(overheads.compute_bytes.values())), "process": process}
+                 + staging_bytes(shape, overheads, sizes), "process": process}
     else:
         parts = {"weights, pinned": sizes.pinned_bytes, "window": sizes.window_bytes,
                  "experts": sizes.pool_slots * shape.slot_bytes, "KV cache": plan.kv_bytes,
                  "hidden states": token_bytes(shape, plan.context_length) - plan.kv_bytes,
                  "compute buffers": overheads.compute_bytes[sizes.part_tokens]
-                 + staging_bytes(shape, overheads.compute_bytes[sizes.part_tokens]),
+                 + staging_bytes(shape, overheads, sizes),
                  "embedding rows": overheads.embedding_bytes, "process": process}
     return {name: n_bytes for name, n_bytes in parts.items() if n_bytes}

@@ -59,6 +59,13 @@ class KVSizes:
         staged = cells * self.layer_bytes_per_token + passing + self.block_bytes
         return max(dense, staged) + beside
 
+    def touched_bytes(self, dense_bytes_per_token: int, n_tokens: int) -> int:
+        """What of `bytes` a text of `n_tokens` has written to, and so takes: all of it beyond `from_tokens`; up to
+        there n_tokens * (dense + selector), for slots and blocks fill as the text comes near."""
+        if n_tokens > self.from_tokens:
+            return self.bytes(dense_bytes_per_token, n_tokens)
+        return int(n_tokens * (dense_bytes_per_token + self.selector_bytes_per_token))
+
     def attended(self, n_cached: int) -> int:
         """Tokens that one step attends to of so many."""
         return n_cached if n_cached <= self.from_tokens else min(n_cached, self.budget)

@@ -67,17 +67,31 @@ def memory_bytes(shape: ModelShape, overheads: Overheads, sizes: Sizes, n_tokens
     """
     if sizes.weights == "resident":
         return (overheads.resident_bytes + shape.file_bytes + repacked_bytes(shape, sizes) + kv_bytes(shape, n_tokens)
-                + staging_bytes(shape, max(overheads.compute_bytes.values())))
+                + staging_bytes(shape, overheads, sizes))
     keeps = sizes.pool_slots < shape.n_experts
     kept_bytes = max(0, n_tokens - overheads.batch_size) * shape.kept_bytes_per_token if keeps else 0
     return (overheads.streamed_bytes(sizes.part_tokens) + sizes.pinned_bytes + sizes.window_bytes
             + sizes.pool_slots * shape.slot_bytes + token_bytes(shape, n_tokens) + kept_bytes
-            + staging_bytes(shape, overheads.compute_bytes[sizes.part_tokens]))
+            + staging_bytes(shape, overheads, sizes))
 
 
-def staging_bytes(shape: ModelShape, compute_bytes: int) -> int:
+def resident_set_bytes(shape: ModelShape, overheads: Overheads, sizes: Sizes, n_tokens: int) -> int:
+    """What of `memory_bytes` is resident with `n_tokens` in the cache: it without the cells and buffers that are
+    reserved for a longer text, which are no memory before they are written to."""
+    planned, reserved = memory_bytes(shape, overheads, sizes, n_tokens), kv_bytes(shape, n_tokens)
+    if shape.kv is None:
+        return planned - reserved + n_tokens * shape.kv_bytes_per_token
+    if n_tokens <= shape.kv.from_tokens:
+        reserved += staging_bytes(shape, overheads, sizes)
+    return planned - reserved + shape.kv.touched_bytes(shape.kv_bytes_per_token, n_tokens)
+
+
+def staging_bytes(shape: ModelShape, overheads: Overheads, sizes: Sizes) -> int:
     """Compute buffers that a prompt needs once more where KV is on disk: it passes through graphs of its own."""
-    return compute_bytes if shape.kv is not None and shape.kv.tier == "disk" else 0
+    if shape.kv is None or shape.kv.tier != "disk":
+        return 0
+    by_part = overheads.compute_bytes
+    return max(by_part.values()) if sizes.weights == "resident" else by_part[sizes.part_tokens]
 
 
 def streamed_bytes(shape: ModelShape, sizes: Sizes) -> int:

@@ -8,10 +8,10 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shapes import profile, shape
+from shapes import OVERHEADS, profile, shape
 
 from edgert.memory.kv import KVSizes
-from edgert.memory.model import kv_bytes, predict, token_bytes
+from edgert.memory.model import kv_bytes, memory_bytes, predict, resident_set_bytes, token_bytes
 from edgert.memory.profile import DiskSpeed
 from edgert.memory.sizes import Sizes as WeightSizes
 
@@ -41,6 +41,16 @@ def test_a_longer_text_never_takes_less(tier: Literal["memory", "disk"], from_to
     sizes = replace(DISK, tier=tier, from_tokens=from_tokens, fixed_bytes=fixed, passing_bytes_per_token=passing)
     taken = [sizes.bytes(dense, n) for n in sorted(tokens)]
     assert taken == sorted(taken)
+
+
+def test_what_is_reserved_for_a_longer_text_is_not_resident() -> None:
+    disk, dense = shape(kv=DISK), shape()
+    streamed, per_token = WeightSizes("streamed", part_tokens=256), dense.kv_bytes_per_token
+    assert memory_bytes(dense, OVERHEADS, streamed, 300) - resident_set_bytes(dense, OVERHEADS, streamed, 300) \
+        == (512 - 300) * per_token, "cells come by the bucket"
+    reserved = memory_bytes(disk, OVERHEADS, streamed, 2048) - resident_set_bytes(disk, OVERHEADS, streamed, 2048)
+    assert reserved == DISK.fixed_bytes + DISK.block_bytes + OVERHEADS.compute_bytes[256]
+    assert memory_bytes(disk, OVERHEADS, streamed, 2049) == resident_set_bytes(disk, OVERHEADS, streamed, 2049)
 
 
 def test_the_models_terms_are_those_of_the_cache() -> None:

@@ -14,6 +14,7 @@ from edgert.errors import BudgetTooSmall
 from edgert.memory.model import kv_bytes, memory_bytes, streamed_bytes
 from edgert.memory.planner import (
     Demand,
+    advised_budget,
     budget_for,
     default_context,
     expected_peak_bytes,
@@ -72,7 +73,8 @@ def test_an_impossible_budget_is_refused_with_the_smallest_that_works(demand: De
     make_plan(demand, device, smallest)
     with pytest.raises(BudgetTooSmall) as refusal:
         make_plan(demand, device, smallest - missing)
-    assert (refusal.value.smallest_bytes, refusal.value.budget_bytes) == (smallest, smallest - missing)
+    assert (refusal.value.smallest_bytes, refusal.value.budget_bytes) == (advised_budget(demand), smallest - missing)
+    assert smallest < advised_budget(demand) <= smallest + MIB, "another start takes a little more"
 
 
 @fuzzed
