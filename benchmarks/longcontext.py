@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from longcontext_items import Encode, Item, Texts, fidelity, needle, repository_copy, variables
-from longcontext_model import Floats, Selector, Snapshot, SparseModel
+from longcontext_model import Selector, Snapshot, SparseModel
 from longcontext_results import Cell, Journal, Outcome, Place, settings_of
 from longcontext_selectors import Chance, Full, OneSet, Oracle, Ours, Quest, Reuse, SnapKV, Streaming
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ from edgert.architectures.registry import open_architecture
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
 from edgert.text.tokenizer import Tokenizer
+from retrieval.arrays import Floats
 from retrieval.choosing import observed_layers
 from retrieval.distillation.text import Document
 from retrieval.head import Head, find_head, open_head

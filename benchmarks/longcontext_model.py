@@ -25,10 +25,8 @@ from edgert.ggml.backend import Allocator, Backend
 from edgert.ggml.functions import ggml
 from edgert.ggml.graph import Context, Graph, Tensor
 from edgert.gguf.model_file import ModelFile
+from retrieval.arrays import Floats, Positions
 from retrieval.distillation.teacher import TappedState, Teacher
-
-Floats = NDArray[np.float32]
-Positions = NDArray[np.int64]
 
 
 @dataclass(slots=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from longcontext_model import Floats, Positions, Selector, Snapshot
+from longcontext_model import Selector, Snapshot
 
 from edgert.engine.retrieval_head import RetrievalHead
+from retrieval.arrays import Amounts, Floats, Positions
 from retrieval.repeats import following, repeats
-from retrieval.selection import Amounts, Policy, Survivors, merits, select
+from retrieval.selection import Policy, Survivors, merits, select
 
 N_SINKS, N_RECENT = 4, 32
 

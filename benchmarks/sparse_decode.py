@@ -40,12 +40,12 @@ from edgert.gguf.model_file import ModelFile
 from edgert.kv_tiers import head_of
 from edgert.paths import Paths
 from edgert.text.tokenizer import Tokenizer
+from retrieval.arrays import Floats
 from retrieval.counts import Counts
 from retrieval.engine import RetrievalEngine
 from retrieval.opening import open_retrieval
 from retrieval.sizes import kv_sizes
 
-Floats = NDArray[np.float32]
 _SPARE = 64  # tokens beyond the context's measured length
 _IN_TURN = 8  # steps of one engine, then of the other; what comes first after the other is not counted
 

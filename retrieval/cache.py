@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.architectures.base import Hyperparameters
 from edgert.cpu import usable_cores
@@ -23,6 +22,7 @@ from edgert.engine.kv_cache import DenseKVCache, KVGraph
 from edgert.errors import ContextOverflow
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
+from retrieval.arrays import Floats, Halves, Positions
 from retrieval.choosing import Chooser, observed_layers
 from retrieval.cold import ColdTier, DenseTier
 from retrieval.counts import Counts
@@ -32,12 +32,10 @@ from retrieval.masked import MaskedKVCache
 from retrieval.planning import Planner
 from retrieval.records import Records
 from retrieval.selection import Policy, Selection
-from retrieval.selectors import PAGE_TOKENS, Halves, Selector
+from retrieval.selectors import PAGE_TOKENS, Selector
 from retrieval.staged import LayerFile, StagedKVCache, from_records, in_blocks, record_blocks, to_records
 from retrieval.store import DiskTier
 
-Floats = NDArray[np.float32]
-Positions = NDArray[np.int64]
 # Before a text is too long to be attended whole: so many of its last steps write what the disk is to hold, and the last
 # few are observed and bring tokens into the hot buffer.
 APPROACH_TOKENS, APPROACH_SETS = 128, 8

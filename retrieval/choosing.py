@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgert.architectures.base import Hyperparameters
+from retrieval.arrays import Amounts, Positions
 from retrieval.graph import Observation
-from retrieval.selection import Amounts, Merits, Policy, Positions, Selection, Survivors, merits, select
+from retrieval.selection import Merits, Policy, Selection, Survivors, merits, select
 from retrieval.selectors import Selector
 
 # A step that looks at everything costs a dense step, four or five others at 8k tokens: at most one of so many.

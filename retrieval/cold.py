@@ -10,13 +10,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.engine.kv_cache import DenseKVCache
 from edgert.ggml.backend import Backend
-from retrieval.records import Halves, Records
-
-Positions = NDArray[np.int64]
+from retrieval.arrays import Halves, Positions
+from retrieval.records import Records
 
 
 class Fetch(Protocol):

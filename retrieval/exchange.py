@@ -5,17 +5,13 @@ Knows slots and the cold tier; which tokens are wanted, and why, is retrieval/pl
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edgert.engine.batch import Batch
 from edgert.errors import KVStoreError
 from edgert.ggml.backend import Cancelled
+from retrieval.arrays import Positions
 from retrieval.cold import ColdTier, Fetch
 from retrieval.counts import Counts
 from retrieval.hot import HotKVCache
-
-Positions = NDArray[np.int64]
 
 
 class Exchange:

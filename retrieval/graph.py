@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.kv_cache import append
 from edgert.ggml.abi import TYPE_F16, TYPE_F32, TYPE_I64
 from edgert.ggml.graph import Context, Graph, Tensor
-
-Floats = NDArray[np.float32]
+from retrieval.arrays import Floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,12 @@ from edgert.engine.batch import Batch
 from edgert.errors import ContextOverflow
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
+from retrieval.arrays import Positions
 from retrieval.graph import Observation, SelectiveKVGraph
 from retrieval.records import Records, RecordShape, in_layer_order
 from retrieval.selection import Policy
 from retrieval.slots import Assignment, Slots
 
-Positions = NDArray[np.int64]
 # Tokens that a step may append: one, or guesses that are verified.
 MAX_STEP_TOKENS = 16
 _READY = nullcontext()

@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.batch import Batch
 from edgert.engine.kv_cache import DenseKVCache, fill_causal
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
+from retrieval.arrays import Positions
 from retrieval.graph import Observation, SelectiveKVGraph
-
-Positions = NDArray[np.int64]
 
 
 def write_causal(inputs: SelectiveKVGraph, batch: Batch, window: int) -> None:

@@ -15,19 +15,17 @@ from functools import partial
 from time import perf_counter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.engine.batch import Batch
+from retrieval.arrays import Amounts, Floats, Positions
 from retrieval.choosing import Chooser
 from retrieval.cold import ColdTier
 from retrieval.counts import Counts
 from retrieval.exchange import Exchange
 from retrieval.hot import HotKVCache
 from retrieval.repeats import following, repeats
-from retrieval.selection import Amounts, Merits, Positions, Selection, Survivors
+from retrieval.selection import Merits, Selection, Survivors
 from retrieval.workers import Workers, wait_for
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

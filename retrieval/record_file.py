@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from edgert.errors import KVStoreError, NoSpace
 from edgert.uncached_file import METHODS, Method, UncachedFile
+from retrieval.arrays import Positions
 from retrieval.batched_reads import MAX_READS, BatchedReads
 
-Positions = NDArray[np.int64]
 Checksums = NDArray[np.uint32]
 Flags = NDArray[np.bool_]
 # Buffers of one request: Linux takes 1024, and a run that long is no random access.

@@ -18,9 +18,9 @@ from edgert.architectures.base import Hyperparameters
 from edgert.ggml.abi import TYPE_F16
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context, Tensor
+from retrieval.arrays import Halves
 
 Bytes = NDArray[np.uint8]
-Halves = NDArray[np.float16]
 # Disks are read in blocks of this size.
 _SECTOR_BYTES = 512
 # Rows a multiple of this apart fall into the same few sets of the processor's caches: attention over 768 rows of

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Amounts = NDArray[np.float64]
+from retrieval.arrays import Amounts
+
 _MAX_LENGTH = 4  # of a match, in tokens; longer ones say no more
 _GROWTH = 4.0  # a match one token longer counts so many times as much
 # What follows a match is looked at too, each token so much less: an answer's next tokens are there. One token alone is

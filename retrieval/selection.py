@@ -13,12 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Positions = NDArray[np.int64]
-Amounts = NDArray[np.float64]
-Shares = NDArray[np.float64]  # of whole ones: float32 would lose the order of those that a sure head leaves
+from retrieval.arrays import Amounts, Floats, Positions
+
 _NEVER = np.float32(-np.inf)
 
 
@@ -99,8 +96,8 @@ class Merits:
     survivors' shares `merit`, each (n,) of those between the first and the last ones, out of `n_tokens`."""
 
     n_tokens: int
-    weights: Shares
-    merit: Shares
+    weights: Amounts
+    merit: Amounts
 
 
 def merits(scores: Floats, survivors: Survivors | None, policy: Policy) -> Merits:
@@ -152,7 +149,7 @@ def select(known: Merits, repeated: Amounts | None, policy: Policy, held: Positi
     return Selection(positions, mass, mass >= policy.least_mass)
 
 
-def _softmax(scores: Floats) -> Shares:
+def _softmax(scores: Floats) -> Amounts:
     """(n,) of scores (n,), of which one that is no number counts as the lowest; even where none of them counts."""
     highest = scores.max(initial=_NEVER)
     if np.isnan(highest):
@@ -160,19 +157,19 @@ def _softmax(scores: Floats) -> Shares:
         highest = scores.max(initial=_NEVER)
     if not np.isfinite(highest):
         return np.full(len(scores), 1 / max(1, len(scores)))
-    weights: Shares = np.exp(np.subtract(scores, highest, dtype=np.float64))
+    weights: Amounts = np.exp(np.subtract(scores, highest, dtype=np.float64))
     weights /= weights.sum()
     return weights
 
 
-def _add_shares(merit: Shares, amounts: Amounts, weight: float) -> None:
+def _add_shares(merit: Amounts, amounts: Amounts, weight: float) -> None:
     """To each its part of `weight`, by amounts; nothing where there is nothing to share."""
     total = float(amounts.sum())
     if total > 0:
         merit += amounts * (weight / total)
 
 
-def _widened(survivors: Survivors, policy: Policy, n_tokens: int) -> Shares:
+def _widened(survivors: Survivors, policy: Policy, n_tokens: int) -> Amounts:
     """(n_tokens,): the attention of each survivor, and for those after it as much as the strongest brings."""
     spread = np.zeros(n_tokens)
     spread[survivors.positions] = survivors.attention
@@ -182,7 +179,7 @@ def _widened(survivors: Survivors, policy: Policy, n_tokens: int) -> Shares:
     return widened
 
 
-def _best(merit: Shares, n: int) -> Positions:
+def _best(merit: Amounts, n: int) -> Positions:
     """Indices of the `n` that merit it most, in no order."""
     if n >= len(merit):
         return np.arange(len(merit))

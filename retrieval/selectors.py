@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.engine.retrieval_head import Floats, RetrievalHead, features_of
+from retrieval.arrays import Halves
 from retrieval.graph import Observation
 
 PAGE_TOKENS = 16
 # A step's tokens, and as many before: after guesses that were wrong, the query is that of the last right one; after a
 # step that failed, of the one before it.
 _MAX_FEATURES = 16
-Halves = NDArray[np.float16]
 
 
 class Selector(Protocol):

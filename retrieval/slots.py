@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Positions = NDArray[np.int64]
+from retrieval.arrays import Positions
 
 
 @dataclass(frozen=True, slots=True)

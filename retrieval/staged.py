@@ -25,10 +25,11 @@ from edgert.engine.kv_cache import DenseKVCache
 from edgert.errors import KVStoreError, NoSpace
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context
+from retrieval.arrays import Halves
 from retrieval.cold import ColdTier
 from retrieval.graph import Observation, SelectiveKVGraph
 from retrieval.masked import write_causal
-from retrieval.records import Halves, Records, RecordShape
+from retrieval.records import Records, RecordShape
 
 # Tokens that are turned at a time: requests of 48 KiB for SmolLM2-135M, in 3 MiB of memory.
 BLOCK_TOKENS = 128

@@ -13,15 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.architectures.base import Hyperparameters
 from edgert.ggml.backend import Backend, Cancelled, CancelSwitch
+from retrieval.arrays import Positions
 from retrieval.record_file import N_READERS, Flags, RecordFile, n_runs
 from retrieval.records import Records, RecordShape
 from retrieval.workers import Workers, wait_for
 
-Positions = NDArray[np.int64]
 # Records that are worth a thread: random reads of 23 KiB on a disk of 2 GB/s, 92 of them, take 7.2 ms by one thread,
 # 3.8 by four, 3.4 by eight. Of batches two are enough, one of which is checked while the other is read.
 _LEAST_READS, _LEAST_BATCH = 4, 32
