@@ -18,7 +18,7 @@ from pathlib import Path
 from edgert.errors import EdgertError, UsageError
 from retrieval.session_card import Damaged, SessionCard
 
-CARD, LOCK = "card.json", "lock"
+CARD, _LOCK = "card.json", "lock"
 # All sessions together; the ones that were used longest ago go first.
 MAX_BYTES = 8 * 2**30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -82,14 +82,26 @@ def forget_oldest(directory: Path, but: str, max_bytes: int = MAX_BYTES) -> None
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
-    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = take_lock(path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError:
-        raise UsageError(f"session {path.name!r} is open in another process", "End that process first.") from None
     finally:
         os.close(lock)
+
+
+def take_lock(path: Path) -> int:
+    """Hold the session in this directory until the descriptor is closed, or the process ends. Raises UsageError where
+    another one does, OSError where the directory does not allow it."""
+    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise UsageError(f"session {path.name!r} is open in another process",
+                             "End that process first, or name another session.") from None
+        raise
+    return lock
 
 
 def path_of(directory: Path, name: str) -> Path:

@@ -8,7 +8,6 @@ record tells what the disk has done to it since.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -30,7 +29,7 @@ from retrieval.cold import ColdTier, DenseTier
 from retrieval.record_file import RecordFile
 from retrieval.records import Records, RecordShape
 from retrieval.session_card import Damaged, SessionCard
-from retrieval.session_list import CARD, LOCK, forget_oldest, path_of
+from retrieval.session_list import CARD, forget_oldest, path_of, take_lock
 from retrieval.staged import in_blocks, record_blocks
 
 _SELECTOR = "selector.f32"
@@ -50,17 +49,12 @@ class Session:
         self._files: dict[str, RecordFile] = {}
         try:
             self._path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = take_lock(self._path)
         except OSError as error:
             raise KVStoreError(str(self._path), f"cannot be opened: {error.strerror}",
                                "Set EDGERT_HOME to a directory that can be written to.") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._card = self._read_card()
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UsageError(f"session {name!r} is open in another process",
-                             "End that process first, or name another session.") from None
         except BaseException:
             os.close(self._lock)
             raise
