@@ -214,8 +214,8 @@ class Quest(Base):
 
 
 class SnapKV(Base):
-    """Per layer and KV head, what the prompt's last 32 queries voted for, pooled over 7; later tokens stay (SnapKV,
-    arXiv 2404.14469)."""
+    """Per layer and KV head, what the prompt's last 32 queries voted for, pooled over 7, those with most votes first;
+    later tokens stay (SnapKV, arXiv 2404.14469)."""
 
     def __init__(self, budget: int, window: int = 32, pool: int = 7) -> None:
         self.budget, self._window, self._pool = budget, window, pool
@@ -235,11 +235,11 @@ class SnapKV(Base):
         pooled = np.lib.stride_tricks.sliding_window_view(
             np.pad(votes, ((0, 0), (self._pool // 2, self._pool // 2))), self._pool, 1).max(-1)
         pooled[:, -self._window:] = np.inf
-        return np.sort(np.argpartition(-pooled, min(self.budget, n) - 1, 1)[:, :self.budget], 1)
+        return np.argsort(-pooled, 1, kind="stable")[:, :self.budget]
 
     def choose(self, layer: int, queries: Floats, n_cached: int) -> Positions | None:
         if n_cached <= self.budget:
             return None
-        kept, since = self._kept[layer], np.arange(self.snapshot.n_tokens, n_cached)
-        kept = kept[:, len(since):] if len(since) else kept  # an equal budget: what is new takes the oldest's place
+        since = np.arange(self.snapshot.n_tokens, n_cached)
+        kept = self._kept[layer][:, :max(0, self.budget - len(since))]  # what is new takes the place of the least voted
         return np.concatenate([kept, np.broadcast_to(since, (len(kept), len(since)))], 1)

@@ -30,7 +30,7 @@ sys.path.insert(0, _BENCHMARKS)
 try:
     import longcontext
     import longcontext_items as items
-    from longcontext_model import SparseModel
+    from longcontext_model import Snapshot, SparseModel
     from longcontext_results import Journal, Outcome, Place, summary
     from longcontext_selectors import Chance, Full, OneSet, Oracle, Quest, SnapKV, Streaming, with_best
 finally:
@@ -103,6 +103,20 @@ def test_the_oracle_holds_the_tokens_that_were_attended_most() -> None:
     scores[[50, 60, 70]] = 1
     assert {50, 60, 70, 0, 3, 199, 168} <= set(with_best(scores, 40).tolist())
     assert len(with_best(scores, 40)) == 40
+
+
+def test_snapkv_keeps_what_was_voted_for_most_while_tokens_are_appended() -> None:
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((2, 120, 8)).astype(np.float32)
+    queries = rng.standard_normal((64, 4, 8)).astype(np.float32)
+    keys[:, 5] = 20 * queries.mean((0, 1))  # a sink: every query that has anything of it looks there
+    queries += queries.mean((0, 1)) * 20
+    snapkv, zeros = SnapKV(50), np.zeros((120, 1), np.float32)
+    snapkv.start(Snapshot(100, [keys], [keys], zeros, [queries], 0.35))
+    for n_cached in (100, 101, 108):
+        chosen = snapkv.choose(0, queries[0], n_cached)
+        assert chosen is not None and chosen.shape == (2, 50)
+        assert (chosen == 5).any(-1).all() and (chosen == n_cached - 1).any(-1).all()
 
 
 @pytest.mark.parametrize("task", ["needle1", "needle4", "needle8", "values", "queries", "turns", "variables",
