@@ -59,7 +59,7 @@ def features_of(streams: Sequence[Floats]) -> Floats:
     """(n, n_features) of the embedding rows and of the residual stream after each feature layer, each (n, hidden_size)
     float32, in this order: every one divided by its root mean square, as by a norm without weights. n_features =
     (1 + number of feature layers) * hidden_size."""
-    stacked = np.stack(streams, axis=1, dtype=np.float32)  # (n, n_streams, hidden_size)
+    stacked = np.concatenate(streams, axis=1, dtype=np.float32).reshape(len(streams[0]), len(streams), -1)
     mean_square = np.einsum("nsh,nsh->ns", stacked, stacked) / np.float32(stacked.shape[2])
     stacked /= np.sqrt(mean_square + _EPS)[:, :, None]
     return stacked.reshape(len(stacked), -1)
