@@ -159,7 +159,7 @@ class NoSpace(EdgertError):
 
     def __init__(self, directory: str, needed_bytes: int, free_bytes: int) -> None:
         super().__init__(f"{directory}: {_mib(needed_bytes)} are needed, {_mib(free_bytes)} are free",
-                         "Free some space, or set EDGERT_HOME to a directory on another disk.")
+                         "Free some space, or take another disk: set EDGERT_HOME, or name a --kv-store.")
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
 
@@ -190,6 +190,14 @@ class KVStoreError(ComputeError):
         super().__init__(f"{path}: {problem}", next_step)
         self.path = path
         self.problem = problem
+
+
+class DiskSilent(KVStoreError):
+    """A disk has not answered for `seconds`. It may yet write into memory that it was given: nothing there counts."""
+
+    def __init__(self, path: str, seconds: float) -> None:
+        super().__init__(path, f"the disk has not answered for {seconds:.0f} s",
+                         "Look at the disk, or name another --kv-store; then start edgert again.")
 
 
 class ClusterError(EdgertError):

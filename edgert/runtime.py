@@ -27,7 +27,7 @@ from edgert.engine.layouts import LayoutChoice, Layouts
 from edgert.engine.resident import ResidentWeights
 from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import WeightSource
-from edgert.errors import ContextOverflow, ModelFileError, TemplateError, UsageError
+from edgert.errors import ContextOverflow, KVStoreError, ModelFileError, TemplateError, UsageError
 from edgert.forecast import Forecast
 from edgert.generation import Generation
 from edgert.ggml.library import load_libraries
@@ -60,7 +60,7 @@ class Runtime:
 
     def __init__(self, model: ModelFile, engine: Engine, tokenizer: Tokenizer | None, budget_bytes: int | None,
                  trace: Trace, *, speculates: bool = False, forecast: Forecast | None = None,
-                 session: Session | None = None) -> None:
+                 session: Session | None = None, is_exact: bool = False) -> None:
         self.model, self.engine, self.tokenizer, self._trace = model, engine, tokenizer, trace
         self._budget_bytes, self.forecast = budget_bytes, forecast
         self._template: ChatTemplate | None = None
@@ -68,7 +68,7 @@ class Runtime:
         self._kv_token_ids: list[int] = []  # what the KV cache holds
         if session is not None:
             with trace.span("session", "load"):
-                self._kv_token_ids = session.restore(engine.kv, engine.backend)
+                self._kv_token_ids = session.restore(engine.kv, engine.backend, is_exact=is_exact)
         self._running: Generation | None = None
         self._closed = False
         self._constraints: Constraints | None = None
@@ -131,7 +131,8 @@ class Runtime:
                 speculates = speculate == "on" or engine.passes_are_costly
                 return cls(file, engine, tokenizer, options.memory_bytes, tracer, forecast=forecast,
                            speculates=speculates and options.may_speculate(engine.arch),
-                           session=None if session is None else _open_session(paths, session, file, engine.arch))
+                           session=None if session is None else _open_session(paths, session, file, engine.arch),
+                           is_exact=kv_budget == "full")
             except BaseException:
                 engine.close()
                 raise
@@ -242,8 +243,13 @@ class Runtime:
         n_common = next((i for i, (a, b) in enumerate(zip(held, prompt_ids, strict=False)) if a != b),
                         min(len(held), len(prompt_ids)))
         n_kept = min(n_common, len(prompt_ids) - 1)
+        try:
+            self.engine.kv.truncate(n_kept)
+        except KVStoreError as error:  # what has to be read for that is damaged
+            _log.warning("%s; %d tokens are computed anew", error.message, n_kept)
+            n_kept = 0
+            self.engine.kv.truncate(n_kept)
         del held[n_kept:]
-        self.engine.kv.truncate(n_kept)
 
     def memory(self) -> dict[str, int | None]:
         """Bytes: what is pinned, what was streamed so far, what the KV cache holds, and the process's peak."""

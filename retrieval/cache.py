@@ -37,7 +37,7 @@ from retrieval.staged import LayerFile, StagedKVCache, from_records, in_blocks, 
 from retrieval.store import DiskTier
 
 # Before a text is too long to be attended whole: so many of its last steps write what the disk is to hold, and the last
-# few are observed and bring tokens into the hot buffer.
+# few are observed and bring tokens into the hot buffer. As many steps beyond it give back what it had in memory.
 APPROACH_TOKENS, APPROACH_SETS = 128, 8
 
 
@@ -51,7 +51,7 @@ class RetrievedKVCache:
         n_slots = slots_for(policy)
         observed = self._observed_layers = selector.key_layers or observed_layers(hp)
         self.context_length = context_length or dense.context_length
-        self.from_tokens = max(from_tokens, policy.budget)
+        self.from_tokens = min(self.context_length, max(from_tokens, policy.budget))
         if self.from_tokens > dense.context_length and disk is not None:
             raise AssertionError(f"{self.from_tokens} tokens stay in memory, which holds {dense.context_length}")
         self.chooser, self.counts = Chooser(selector, policy, can_look_around=disk is None), Counts()
@@ -61,6 +61,8 @@ class RetrievedKVCache:
         self.hot = HotKVCache(backend, hp, self.context_length, n_slots, observed)
         self.cold: ColdTier = self._near if disk is None else disk
         self.length = 0
+        self.approximate_from = self.context_length  # tokens from here on have followed a step over a set
+        self._n_given_back = hp.n_layers  # of the dense cache, since a text has left it
         self.token_ids = array("i")  # of the text, as far as whoever feeds it says
         self.n_attended: int | None = None  # by the last step, its own tokens apart; None for all of them
         self._exchange = Exchange(self.hot, self.cold, self.counts)
@@ -118,8 +120,9 @@ class RetrievedKVCache:
         if self.disk is None:
             self.dense.commit(batch)
         self._show_keys_in(self.hot.records, self.hot.slots.where(new), batch.start)
-        self.length = batch.end
+        self.length, self.approximate_from = batch.end, min(self.approximate_from, batch.start)
         self.planner.commit(batch, chosen)
+        self._give_back_dense(-(-self._hp.n_layers // APPROACH_SETS))
         self.counts.n_steps += 1
         self.counts.n_selected += len(chosen.positions)
 
@@ -137,14 +140,21 @@ class RetrievedKVCache:
 
     # -- between the tiers ---------------------------------------------------------------------------------------
     def _spill(self, end: int) -> None:
-        """Keep in the cold tier what only the dense cache holds, and give its memory back."""
-        if self.cold.n_tokens > end:
-            self.cold.truncate(end)  # a step that was stopped after its token was kept
-        if self.disk is None or self.cold.n_tokens == end:
+        """Keep in the cold tier what only the dense cache holds, and leave that."""
+        self.cold.truncate(end)  # a step that was stopped after its token was kept
+        if self.disk is None:
             return
-        self._copy(self._near, self.cold, self.cold.n_tokens, end)
-        self.dense.truncate(0)
-        self.dense.give_back()
+        if self.cold.n_tokens < end:
+            self._copy(self._near, self.cold, self.cold.n_tokens, end)
+        if self.dense.length:
+            self.dense.truncate(0)
+            self._n_given_back = 0
+
+    def _give_back_dense(self, n_layers: int) -> None:
+        """Let the system have the memory of so many more layers of a dense cache that the text has left."""
+        layers = slice(self._n_given_back, self._n_given_back + n_layers)
+        self._n_given_back = min(self._hp.n_layers, layers.stop)
+        self.dense.give_back_layers(layers)
 
     def _copy(self, source: ColdTier, target: ColdTier, start: int, end: int) -> None:
         """The tokens from `start` to `end` are in the other tier too."""
@@ -194,7 +204,8 @@ class RetrievedKVCache:
         assert self.disk is not None
         self.planner.settle()
         self._spill(start)
-        file = LayerFile(directory, self._hp, end)
+        self._give_back_dense(self._hp.n_layers)
+        file = LayerFile(directory, self._hp, end, self.disk.lacking_bytes(end))
         with record_blocks(self._backend, self._hp) as blocks, closing(file):
             from_records(file, self.cold, blocks, start)
             with closing(StagedKVCache(self._backend, self._hp, end, file, self._staged_keys,
@@ -264,6 +275,8 @@ class RetrievedKVCache:
             self._show_page_again(n_tokens)
         self.dense.truncate(n_tokens)
         self.length = min(self.length, n_tokens)
+        if n_tokens <= self.approximate_from:
+            self.approximate_from = self.context_length
 
     def _show_page_again(self, end: int) -> None:
         """Of the page that forgotten tokens were in, a selector has seen their keys too."""

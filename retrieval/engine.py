@@ -27,7 +27,7 @@ from edgert.engine.kv_cache import KVCache
 from edgert.engine.parted import PartedGraphs
 from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import WeightSource
-from edgert.errors import KVStoreError
+from edgert.errors import DiskSilent, KVStoreError
 from edgert.ggml.backend import Backend
 from retrieval.cache import APPROACH_SETS, RetrievedKVCache
 from retrieval.hot import MAX_STEP_TOKENS
@@ -89,16 +89,20 @@ class RetrievalEngine(Engine):
 
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> Logits:
         """As any engine's. Where what the disk holds of the text turns out damaged, the text is computed anew."""
-        known = self._retrieved.token_ids
+        known, begins = self._retrieved.token_ids, self._begins
         del known[self.kv.length:]
         try:
             logits = super().step(token_ids, n_outputs)
+        except DiskSilent:
+            raise
         except KVStoreError as error:
             before = np.array(known, np.int32)
             _log.warning("%s; %d tokens are computed anew", error.message, len(before))
             self.kv.truncate(0)
             if len(before):
+                self._begins = True
                 super().step(before)
+            self._begins = begins
             logits = super().step(token_ids, n_outputs)
         finally:
             known.extend(token_ids[:max(0, self.kv.length - len(known))].tolist())  # a step that was stopped has some

@@ -25,7 +25,7 @@ from retrieval.exchange import Exchange
 from retrieval.hot import HotKVCache
 from retrieval.repeats import following, repeats
 from retrieval.selection import Merits, Selection, Survivors
-from retrieval.workers import Workers, wait_for
+from retrieval.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Planner:
 
     def wait(self) -> None:
         """Until nothing is planned any more: cache and selector are the caller's."""
-        wait_for(self._ahead)
+        self._aside.wait(self._ahead)
 
     def settle(self, *, needs: bool = False) -> int:
         """Nothing is planned, nor on its way any more: how many rows were. With `needs`, raises why one did not

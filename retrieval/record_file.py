@@ -83,6 +83,10 @@ class RecordFile:
         finally:
             Path(name).unlink(missing_ok=True)
 
+    def lacking_bytes(self, n_records: int) -> int:
+        """What the disk still has to give for so many records."""
+        return max(0, n_records * self.stride_bytes - 512 * os.fstat(self._file.fd).st_blocks)
+
     # -- writing -------------------------------------------------------------------------------------------------
     def write(self, start: int, rows: Sequence[memoryview]) -> None:
         """Records from `start` on, each of stride_bytes at a multiple of a sector. Raises KVStoreError, NoSpace."""

@@ -41,6 +41,8 @@ class SessionCard:
     selector: str = ""
     selector_checksum: int = 0
     conversation: dict[str, Any] = field(default_factory=dict)
+    n_exact: int = 0
+    """The first tokens, which were computed over all before them; the others, some of them over a set."""
 
     @property
     def n_tokens(self) -> int:
@@ -79,7 +81,8 @@ class SessionCard:
         if not isinstance(conversation, dict):
             raise TypeError("no conversation")
         return cls(str(raw["model"])[:256], str(raw["fingerprint"]), tuple(map(int, raw["shape"])), token_ids,
-                   checksums, str(raw["selector"]), int(raw["selector_checksum"]), conversation)
+                   checksums, str(raw["selector"]), int(raw["selector_checksum"]), conversation,
+                   max(0, min(int(raw.get("n_exact", 0)), len(token_ids))))
 
     def write(self, path: Path) -> None:
         """Replace the card, on the disk when this returns. Raises OSError."""
@@ -87,7 +90,7 @@ class SessionCard:
             "version": _VERSION, "model": self.model, "fingerprint": self.fingerprint, "shape": self.shape,
             "token_ids": _text(self.token_ids), "checksums": {k: _text(one) for k, one in self.checksums.items()},
             "selector": self.selector, "selector_checksum": self.selector_checksum,
-            "conversation": self.conversation}).encode()
+            "conversation": self.conversation, "n_exact": self.n_exact}).encode()
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
             file.write(body + f"\n{zlib.crc32(body):08x}".encode())

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgert.errors import EdgertError, UsageError
+from edgert.errors import EdgertError, KVStoreError, UsageError
 from retrieval.session_card import Damaged, SessionCard
 
 CARD, _LOCK = "card.json", "lock"
@@ -56,13 +56,17 @@ def list_sessions(directory: Path) -> list[Listed]:
 
 
 def remove_session(directory: Path, name: str) -> int:
-    """Delete a session; the bytes that it took. Raises UsageError where there is none, or it is open."""
+    """Delete a session; the bytes that it took. Raises UsageError where there is none, or it is open;
+    KVStoreError."""
     path = path_of(directory, name)
     listed = next((one for one in list_sessions(directory) if one.name == name), None)
     if listed is None:
         raise UsageError(f"there is no session {name!r}", "See `edgert list --sessions`.")
-    with _held(path):
-        shutil.rmtree(path)
+    try:
+        with _held(path):
+            shutil.rmtree(path)
+    except OSError as error:
+        raise KVStoreError(str(path), f"cannot be removed: {error.strerror}", "See whose directory it is.") from error
     return listed.size_bytes
 
 

@@ -55,6 +55,7 @@ class Session:
                                "Set EDGERT_HOME to a directory that can be written to.") from error
         try:
             self._card = self._read_card()
+            self._n_whole = self._card.n_tokens  # of them, those whose records are as they were written
         except BaseException:
             os.close(self._lock)
             raise
@@ -85,9 +86,14 @@ class Session:
         return self._card.conversation
 
     # -- bringing back -------------------------------------------------------------------------------------------
-    def restore(self, kv: KVCache, backend: Backend) -> list[int]:
-        """Fill an empty cache with what is whole of the session's tokens; their ids. The rest is computed again."""
+    def restore(self, kv: KVCache, backend: Backend, *, is_exact: bool = False) -> list[int]:
+        """Fill an empty cache with what is whole of the session's tokens and, with `is_exact`, does not come of steps
+        over a set; their ids. The rest is computed again."""
         n_tokens = min(self._card.n_tokens, kv.context_length - 1)
+        if is_exact and n_tokens > self._card.n_exact:
+            _log.warning("session %s: %d of its tokens followed steps over a set, and are computed again", self.name,
+                         n_tokens - self._card.n_exact)
+            n_tokens = self._card.n_exact
         if n_tokens and isinstance(kv, RetrievedKVCache) and not self._restore_selector(kv):
             _log.warning("session %s is computed anew: it was kept without this retrieval head", self.name)
             n_tokens = 0
@@ -104,9 +110,11 @@ class Session:
         except KVStoreError as error:
             _log.warning("session %s: %s; %d of its tokens are computed again", self.name, error.message,
                          n_tokens - done)
-        token_ids = [int(one) for one in self._card.token_ids[:done]]
+        token_ids, self._n_whole = [int(one) for one in self._card.token_ids[:done]], done
         if isinstance(kv, RetrievedKVCache):
             kv.token_ids[:] = array("i", token_ids)
+            if done > self._card.n_exact:
+                kv.approximate_from = self._card.n_exact
         return token_ids
 
     def _restore_selector(self, kv: RetrievedKVCache) -> bool:
@@ -127,14 +135,15 @@ class Session:
         is then still there, as far as the text is the same."""
         ids = np.array(token_ids[:kv.length], np.int32)
         held = self._card.token_ids
-        n_same = min(len(ids), len(held))
+        n_same = min(len(ids), len(held), self._n_whole)
         n_same = int(np.argmin([*(ids[:n_same] == held[:n_same]), False]))
         try:
             if n_same < self._card.n_tokens:
                 self._replace(self._shortened(n_same))
             self._append(kv, backend, n_same, len(ids))
-            card = self._shortened(len(ids), ids)
+            card = replace(self._shortened(len(ids), ids), n_exact=self._n_exact(kv, n_same, len(ids)))
             self._replace(replace(self._keep_selector(kv, card), conversation=conversation))
+            self._n_whole = len(ids)
         except OSError as error:
             raise KVStoreError(str(self._path), f"writing failed: {error.strerror}") from error
         forget_oldest(self._root, self.name)
@@ -144,7 +153,12 @@ class Session:
         checksums = {kind: (self._files[kind].checksums if kind in self._files else self._card.checksums[kind])[:n]
                      for kind in self._kinds}
         return replace(self._card, token_ids=ids[:n], checksums=checksums, selector="" if token_ids is None else
-                       self._card.selector)
+                       self._card.selector, n_exact=min(n, self._card.n_exact))
+
+    def _n_exact(self, kv: KVCache, n_same: int, n_tokens: int) -> int:
+        if isinstance(kv, RetrievedKVCache):
+            return min(n_tokens, kv.approximate_from)
+        return n_tokens if n_same <= self._card.n_exact else self._card.n_exact
 
     def _append(self, kv: KVCache, backend: Backend, start: int, end: int) -> None:
         needed = (end - start) * sum(shape.stride_bytes for shape in self._kinds.values())

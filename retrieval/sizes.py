@@ -39,6 +39,6 @@ def kv_sizes(hp: Hyperparameters, context_length: int, budget: int, from_tokens:
     fixed = sum(shape.stride_bytes * rows for shape, rows in shapes.items()) + tables + waiting
     n_features = 1 + (len(head.feature_layers) if head else -1)
     per_token = 4 * head.n_groups * head.dim if head else len(page_layers(hp)) * 8 * hp.kv_size / PAGE_TOKENS
-    return KVSizes(tier, budget, policy.n_beside, policy.n_late, max(from_tokens, budget), fixed,
+    return KVSizes(tier, budget, policy.n_beside, policy.n_late, min(context_length, max(from_tokens, budget)), fixed,
                    per_token, 4 * hp.kv_size, 4 * hp.hidden_size * (1 + n_features), PASSING_TOKENS[weights],
                    BLOCK_TOKENS * strides)

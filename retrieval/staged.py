@@ -8,6 +8,7 @@ where prefill takes a minute.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -38,15 +39,15 @@ BLOCK_TOKENS = 128
 class LayerFile:
     """K, then V, of each layer, `n_cells` rows of float16 each. Nameless: it goes with the process."""
 
-    def __init__(self, directory: Path, hp: Hyperparameters, n_cells: int) -> None:
-        """Raises KVStoreError, NoSpace."""
+    def __init__(self, directory: Path, hp: Hyperparameters, n_cells: int, then_bytes: int = 0) -> None:
+        """Raises KVStoreError, NoSpace; also where there is no room for `then_bytes` that will be written there."""
         self._row_bytes, self._n_cells = 2 * hp.kv_size, n_cells
         size_bytes = 2 * hp.n_layers * n_cells * self._row_bytes
         try:
             directory.mkdir(parents=True, exist_ok=True)
             free_bytes = shutil.disk_usage(directory).free
-            if free_bytes < size_bytes:
-                raise NoSpace(str(directory), size_bytes, free_bytes)
+            if free_bytes < size_bytes + then_bytes:
+                raise NoSpace(str(directory), size_bytes + then_bytes, free_bytes)
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 (closed by `close`)
         except OSError as error:
             raise KVStoreError(str(directory), f"cannot be written to: {error.strerror}",
@@ -68,6 +69,9 @@ class LayerFile:
             try:
                 n = move(self._file.fileno(), [raw.data[done:]], offset + done)
             except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    free_bytes = shutil.disk_usage(self._directory).free
+                    raise NoSpace(str(self._directory), len(raw) - done, free_bytes) from error
                 raise KVStoreError(str(self._directory), f"a prompt's keys and values: {error.strerror}") from error
             if n <= 0:
                 raise KVStoreError(str(self._directory), "a prompt's keys and values end too early")

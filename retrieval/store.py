@@ -19,7 +19,7 @@ from edgert.ggml.backend import Backend, Cancelled, CancelSwitch
 from retrieval.arrays import Positions
 from retrieval.record_file import N_READERS, Flags, RecordFile, n_runs
 from retrieval.records import Records, RecordShape
-from retrieval.workers import Workers, wait_for
+from retrieval.workers import Workers
 
 # Records that are worth a thread: random reads of 23 KiB on a disk of 2 GB/s, 92 of them, take 7.2 ms by one thread,
 # 3.8 by four, 3.4 by eight. Of batches two are enough, one of which is checked while the other is read.
@@ -58,6 +58,7 @@ class DiskTier:
         self.start_fetch(records, rows, positions).wait()
 
     def start_fetch(self, records: Records, rows: Positions, positions: Positions) -> DiskFetch:
+        self._workers.check()
         part = self._parts[records.shape]
         waits = positions >= part.n_written
         for row, position in zip(rows[waits].tolist(), positions[waits].tolist(), strict=True):
@@ -72,23 +73,23 @@ class DiskTier:
             is_there = np.zeros(len(some), bool)
             reads.append((self._workers.submit(partial(part.read, records, into, some, is_there)), is_there))
         return DiskFetch(reads, sum(n_runs(some) for some, _ in shares), len(rows) * records.shape.stride_bytes,
-                         self._cancel)
+                         self._workers, self._cancel)
 
     def keep(self, records: Records, rows: Positions, positions: Positions) -> None:
         part = self._parts[records.shape]
         for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
             if position - part.n_written >= N_WAITING:
                 self._write_behind(part)
-                wait_for(part.writing)
+                self._workers.wait(part.writing)
             part.waiting.rows[position % N_WAITING] = records.rows[row]
             part.n_kept = position + 1
             if part.n_kept - part.n_started >= N_WAITING // 2:
                 self._write_behind(part)
 
     def _write_behind(self, part: _Part) -> None:
-        """Begin to write what waits; the write before it has then ended."""
-        wait_for(part.writing)
-        start, end = part.n_started, part.n_kept
+        """Begin to write what waits; the write before it has then ended, and is taken again where it failed."""
+        self._workers.wait(part.writing)
+        start, end = part.n_written, part.n_kept
         if start < end:
             part.n_started = end
             part.writing = [self._workers.submit(partial(part.write, start, end))]
@@ -97,22 +98,28 @@ class DiskTier:
         """The first `n` records are the tokens from `start` on: a prompt's, many at once."""
         part = self._parts[records.shape]
         self._write_behind(part)  # what waits comes before
-        wait_for(part.writing)
+        self._workers.wait(part.writing)
         part.file.write(start, _memory(records, np.arange(n, dtype=np.int64)))
         part.n_written = part.n_started = part.n_kept = start + n
+
+    def lacking_bytes(self, n_tokens: int) -> int:
+        """Of the disk's space that the records of so many tokens take, what the files do not have yet."""
+        return sum(part.file.lacking_bytes(n_tokens) for part in self._parts.values())
 
     def flush(self) -> None:
         """Everything that was kept is in the files, and on the disk. Raises KVStoreError, NoSpace."""
         for part in self._parts.values():
             self._write_behind(part)
-            wait_for(part.writing)
+            self._workers.wait(part.writing)
             part.file.sync()
 
     def truncate(self, n_tokens: int) -> None:
+        """Of both files: a step that was stopped may have reached one of them alone."""
         for part in self._parts.values():
-            wait_for(part.writing)
-            part.n_kept = min(part.n_kept, n_tokens)
-            part.n_started = part.n_written = min(part.n_written, n_tokens)
+            if part.n_kept > n_tokens:
+                self._workers.wait(part.writing)
+                part.n_kept = n_tokens
+                part.n_started = part.n_written = min(part.n_written, n_tokens)
 
     def close(self) -> bool:
         """End the threads. False when the disk keeps one of them past a deadline: what it reads into must then stay."""
@@ -129,9 +136,9 @@ class DiskTier:
 class DiskFetch:
     """Reads under way, each of some rows, of which it says which are there."""
 
-    def __init__(self, reads: list[tuple[Future[None], Flags]], n_reads: int, read_bytes: int,
+    def __init__(self, reads: list[tuple[Future[None], Flags]], n_reads: int, read_bytes: int, workers: Workers,
                  cancel: CancelSwitch) -> None:
-        self._reads, self._cancel = reads, cancel
+        self._reads, self._workers, self._cancel = reads, workers, cancel
         self.n_reads, self.read_bytes = n_reads, read_bytes
 
     @property
@@ -139,7 +146,7 @@ class DiskFetch:
         return sum(int(np.count_nonzero(~is_there)) for _, is_there in self._reads)
 
     def wait(self) -> None:
-        wait_for([future for future, _ in self._reads])
+        self._workers.wait([future for future, _ in self._reads])
         if self._cancel.is_set:
             raise Cancelled
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
-from edgert.errors import KVStoreError
+from edgert.errors import DiskSilent, KVStoreError
 
 _POLL_S, _DEADLINE_S = 0.02, 120.0
 _CLOSE_DEADLINE_S = 10.0  # a few records from a disk of 10 KB/s
@@ -24,17 +24,47 @@ class Workers:
 
     def __init__(self, n_threads: int, name: str) -> None:
         self._queue: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
-        self._is_closing = False
+        self._is_closing = self._is_silent = False
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(n_threads)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
+        """Raises DiskSilent like `check`."""
         if self._is_closing:
             raise AssertionError("the workers are closed")
+        self.check()
         future: Future[None] = Future()
         self._queue.put((future, work))
         return future
+
+    def check(self) -> None:
+        """Raises DiskSilent where once a wait was given up: a thread still has that memory, and may write into it
+        whenever its disk answers."""
+        if self._is_silent:
+            raise DiskSilent("the KV store", _DEADLINE_S)
+
+    def wait(self, futures: list[Future[None]]) -> None:
+        """Until all have ended, and no thread touches their memory any more; empties the list. Raises what the first of
+        them raised; DiskSilent past a deadline, and from then on."""
+        problem: Exception | None = None
+        n_waits = 0
+        while futures:
+            try:
+                futures[0].result(_POLL_S)
+            except FutureTimeout:
+                n_waits += 1
+                if n_waits * _POLL_S > _DEADLINE_S:
+                    self._is_silent = True
+                    self.check()
+                continue
+            except CancelledError:
+                problem = problem or KVStoreError("the KV store", "was closed")
+            except Exception as error:  # of a reader: it belongs to the one who waits
+                problem = problem or error
+            futures.pop(0)
+        if problem is not None:
+            raise problem
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -59,25 +89,3 @@ class Workers:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.perf_counter()))
         return not any(thread.is_alive() for thread in self._threads)
-
-
-def wait_for(futures: list[Future[None]]) -> None:
-    """Until all have ended, and no thread touches their memory any more; empties the list. Raises what the first of
-    them raised."""
-    problem: Exception | None = None
-    n_waits = 0
-    while futures:
-        try:
-            futures[0].result(_POLL_S)
-        except FutureTimeout:
-            n_waits += 1
-            if n_waits * _POLL_S > _DEADLINE_S:
-                raise KVStoreError("the KV store", f"the disk has not answered for {_DEADLINE_S:.0f} s") from None
-            continue
-        except CancelledError:
-            problem = problem or KVStoreError("the KV store", "was closed")
-        except Exception as error:  # of a reader: it belongs to the one who waits
-            problem = problem or error
-        futures.pop(0)
-    if problem is not None:
-        raise problem

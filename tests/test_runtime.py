@@ -20,6 +20,7 @@ from edgert.architectures.base import MAX_CONTEXT
 from edgert.errors import (
     BudgetTooSmall,
     ContextOverflow,
+    KVStoreError,
     ModelFileError,
     ModelNotFound,
     TemplateError,
@@ -488,3 +489,17 @@ def test_an_error_inside_with_closes_too(tiny_model: TinyModel) -> None:
         raise RuntimeError("mine")
     with pytest.raises(UsageError, match="closed"):
         runtime.generate([1])
+
+
+def test_a_text_that_cannot_be_cut_where_another_begins_is_computed_anew(runtime: Runtime,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, real = runtime.generate(TEXT, max_tokens=5, sampling=GREEDY).result(), runtime.engine.kv.truncate
+
+    def damaged(n_tokens: int) -> None:
+        monkeypatch.setattr(runtime.engine.kv, "truncate", real)
+        raise KVStoreError("there", "the keys and values of token 3 are damaged")
+
+    monkeypatch.setattr(runtime.engine.kv, "truncate", damaged)
+    again = runtime.generate(TEXT, max_tokens=5, sampling=GREEDY)
+    assert again.result() == expected
+    assert (again.timings.cache_n, again.timings.prompt_n) == (0, len(runtime.tokenize(TEXT)))

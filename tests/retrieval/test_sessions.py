@@ -110,6 +110,53 @@ def test_a_flipped_bit_is_noticed_and_what_comes_after_it_computed_again(tiny_mo
     assert restored(path, tmp_path, kind) == PROMPT[:256], "whole blocks before it are kept"
 
 
+@KINDS
+def test_what_was_damaged_is_whole_after_the_next_save(tiny_model: TinyModel, tmp_path: Path, kind: str) -> None:
+    path, said = tiny_model("llama"), [*PROMPT, *SAID]
+    keep(kind, path, tmp_path)
+    flip(tmp_path / "book/full.kv", 200 * SessionCard.read(tmp_path / "book/card.json").shape[1] + 17)
+    with opened(kind, path, tmp_path) as engine, closing(session_of(engine, path, tmp_path)) as session:
+        n_whole = len(session.restore(engine.kv, engine.backend))
+        assert n_whole == 128
+        engine.refresh()
+        answer(engine, [*said[n_whole:], 5], 0)
+        session.save(engine.kv, engine.backend, [*said, 5], {})
+    with opened(kind, path, tmp_path) as engine, closing(session_of(engine, path, tmp_path)) as session:
+        assert session.restore(engine.kv, engine.backend) == [*said, 5]
+
+
+def test_who_wants_exact_answers_gets_no_keys_of_steps_over_a_set(tiny_model: TinyModel, tmp_path: Path,
+                                                                  caplog: pytest.LogCaptureFixture) -> None:
+    path, later = tiny_model("llama"), random_tokens(30, 3)
+    keep("disk, head", path, tmp_path)  # the answer's steps attended to a set
+
+    def reopened(kind: str, *, is_exact: bool) -> tuple[int, int]:
+        """How many tokens came back, and how many of all are exact once the text has gone on."""
+        with opened(kind, path, tmp_path) as engine, closing(session_of(engine, path, tmp_path)) as session:
+            token_ids = session.restore(engine.kv, engine.backend, is_exact=is_exact)
+            text = [*PROMPT, *SAID, *later]
+            engine.kv.truncate(min(len(token_ids), len(text) - 1))
+            engine.refresh()
+            answer(engine, text[engine.kv.length:], 0)
+            session.save(engine.kv, engine.backend, text, {})
+            return len(token_ids), SessionCard.read(tmp_path / "book/card.json").n_exact
+
+    n_said = len(PROMPT) + len(SAID)
+    assert reopened("disk, head", is_exact=False) == (n_said, len(PROMPT))
+    assert reopened("dense", is_exact=False) == (n_said + len(later), len(PROMPT))
+    assert "computed again" not in caplog.text
+    assert reopened("dense", is_exact=True) == (len(PROMPT), n_said + len(later))
+    assert f"{len(SAID) + len(later)} of its tokens followed steps over a set" in caplog.text
+    with opened("dense", path, tmp_path) as engine, closing(session_of(engine, path, tmp_path)) as session:
+        assert len(session.restore(engine.kv, engine.backend, is_exact=True)) == n_said + len(later)
+        engine.refresh()
+        restored_logits = answer(engine, [5], 2)
+    with opened("dense", path, tmp_path) as engine:
+        answer(engine, PROMPT, 0)
+        answer(engine, [*SAID, *later], 0)
+        assert np.abs(answer(engine, [5], 2) - restored_logits).max() < 0.5
+
+
 @pytest.mark.parametrize("cut_bytes", [0, 1000, 100_000])
 def test_a_file_that_was_cut_is_noticed(tiny_model: TinyModel, tmp_path: Path, cut_bytes: int) -> None:
     path = tiny_model("llama")
@@ -254,6 +301,18 @@ def test_the_oldest_sessions_make_room_and_the_open_ones_stay(tiny_model: TinyMo
         forget_oldest(tmp_path, "d", max_bytes=sum(sizes.values()) - 1)
         assert [one.name for one in list_sessions(tmp_path)] == ["d", "c", "a-open"]
         held.close()
+
+
+def test_a_session_that_cannot_be_removed_is_told(tiny_model: TinyModel, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    keep("dense", tiny_model("llama"), tmp_path)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("retrieval.session_list.shutil.rmtree", refused)
+    with pytest.raises(KVStoreError, match="cannot be removed: Permission denied"):
+        remove_session(tmp_path, "book")
 
 
 def test_sessions_are_listed_with_what_they_are_and_removed(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -48,6 +48,19 @@ def test_fixed_bytes_and_bytes_for_each_token_are_those_of_the_opened_cache(
     backend.close()
 
 
+@pytest.mark.parametrize("budget", [128, 4096])
+def test_a_context_shorter_than_what_is_attended_whole_is_no_defect(tiny_model: TinyModel, tmp_path: Path,
+                                                                    budget: int) -> None:
+    hp, backend = open_architecture(ModelFile.open(tiny_model("llama"))).hp, Backend(1)
+    sizes = kv_sizes(hp, 1000, budget, 2048, "disk", None, "resident")
+    disk = DiskTier(backend, hp, 1000, temporary_files(tmp_path))
+    kv = RetrievedKVCache(backend, hp, DenseKVCache(backend, hp, 1000), open_selector(hp, None, 1000),
+                          policy_for(budget), 2048, disk=disk)
+    assert sizes.from_tokens == kv.from_tokens == 1000
+    kv.close()
+    backend.close()
+
+
 def planned(path: Path, tmp_path: Path, **options: object) -> Planning:
     settings = EngineOptions(n_threads=1, layout="plain", **options)  # type: ignore[arg-type]
     return Planning(ModelFile.open(path), Paths(tmp_path, tmp_path, tmp_path), settings, MemoryProbe())
