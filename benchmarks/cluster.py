@@ -4,6 +4,7 @@
     python benchmarks/cluster.py tls MODEL                     what encryption costs each token of a model
     python benchmarks/cluster.py pays MODEL                    two processes on a core each against one on one core
     python benchmarks/cluster.py composition MODEL             the same with 0.6 of the model's size in memory each
+    python benchmarks/cluster.py sets MODEL                    tokens over 512 of a long text against over all of it
     python benchmarks/cluster.py near-limit MODEL              time per token against compute + 2L sums, 1 ms delay
     python benchmarks/cluster.py equal MODEL                   160 tokens teacher-forced: deviations and KL, every wire
     python benchmarks/cluster.py perplexity MODEL              the 8-bit wire on longer texts: change of perplexity
@@ -18,7 +19,7 @@ import argparse
 from pathlib import Path
 
 from cluster_equal import equal, perplexity
-from cluster_speed import composition, near_limit, pays, predicted
+from cluster_speed import composition, near_limit, pays, predicted, sets
 from cluster_sums import collectives, tls
 
 
@@ -26,7 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for name, function, n_runs in (("collectives", collectives, 0), ("tls", tls, 3), ("pays", pays, 5),
-                                   ("composition", composition, 3), ("near-limit", near_limit, 0), ("equal", equal, 0),
+                                   ("composition", composition, 3), ("sets", sets, 2), ("near-limit", near_limit, 0),
+                                   ("equal", equal, 0),
                                    ("perplexity", perplexity, 0), ("predicted", predicted, 0)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
@@ -34,6 +36,8 @@ def main() -> None:
             command.add_argument("model", type=Path)
         if n_runs:
             command.add_argument("--runs", type=int, default=n_runs)
+        if function is sets:
+            command.add_argument("--context", type=int, default=8192)
         if function is predicted:
             command.add_argument("--delays", type=float, nargs="+", default=[0.0, 1.0, 5.0], metavar="MS")
         if function is perplexity:

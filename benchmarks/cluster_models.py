@@ -104,5 +104,7 @@ def running(n_workers: int, options: Sequence[str] = ()) -> Iterator[TestCluster
         yield made
 
 
-def load(model: Path, options: ClusterOptions | None, *, memory_bytes: int | None = None, threads: int = 1) -> Runtime:
-    return Runtime.load(model, threads=threads, context=1024, layout="plain", memory=memory_bytes, cluster=options)
+def load(model: Path, options: ClusterOptions | None, *, memory_bytes: int | None = None, threads: int = 1,
+         context: int = 1024, kv_budget: int | None = None) -> Runtime:
+    return Runtime.load(model, threads=threads, context=context, layout="plain", memory=memory_bytes, cluster=options,
+                        kv_budget=kv_budget)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import re
 import shutil
 import statistics
@@ -122,6 +123,24 @@ def composition(args: argparse.Namespace) -> None:
                   f"{alone_mib:.1f} MiB read a token; two {1000 / together_ms:.2f}, where the leader reads "
                   f"{together_mib:.1f} and the worker {streams[-1] if streams else '0'}; ratio "
                   f"{alone_ms / together_ms:.2f} (goal 3 and nothing read)", flush=True)
+
+
+def sets(args: argparse.Namespace) -> None:
+    """Two pinned processes whose tokens attend to a long text, and to 512 tokens of it. The text is random, so that a
+    head has nothing to find in it: for speed alone."""
+    prompt = random.Random(0).choices(range(200, 20_000), k=args.context - 128)
+    pin(os.getpid(), 0)
+    with running(1) as made:
+        _pin_workers(made)
+        for _ in range(args.runs):
+            found = []
+            for kv_budget in (None, 512):  # a worker has one leader at a time
+                with load(args.model, ClusterOptions("all", discovery_s=0), context=args.context,
+                          kv_budget=kv_budget) as runtime:
+                    found.append(decode_ms(runtime, 64, prompt))
+                    attended = runtime.engine.selected_tokens
+            print(f"{args.model.name} on two, {len(prompt)} tokens: {found[0]:.1f} ms a token over all of them, "
+                  f"{found[1]:.1f} over {attended}; ratio {found[0] / found[1]:.2f}", flush=True)
 
 
 def _pin_workers(made: TestCluster) -> None:

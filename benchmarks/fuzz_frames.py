@@ -16,6 +16,7 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,7 +91,7 @@ class _Engine:
     def __init__(self, collective: Collective) -> None:
         self.collective, self.kv = collective, _Cells()
 
-    def step(self, token_ids: object, n_outputs: int) -> None:
+    def step(self, token_ids: Sized, n_outputs: int) -> None:
         group = cast(Group, self.collective)
         link = group._links[0]
         link.take(memoryview(bytearray(64)))
@@ -98,6 +99,7 @@ class _Engine:
         for _ in range(2):
             group._receive(link, Kind.SUM, memoryview(bytearray(64)))
             group._advance()
+        self.kv.length += len(token_ids)
 
     def close(self) -> None: ...
 
@@ -107,11 +109,11 @@ def frame(kind: int, moment: Moment, payload: bytes) -> bytearray:
 
 
 def sound_stream() -> list[bytearray]:
-    """What a leader sends: a probe, a plan, two passes of two sums, and a plan again."""
+    """What a leader sends: a probe, a plan, two passes of two sums, the second over a set, and a plan again."""
     setup = json.dumps(_SETUP.to_dict()).encode()
     frames = [frame(Kind.PROBE, Moment(0), bytes(64)), frame(Kind.SETUP, Moment(0), setup)]
-    for number in (1, 2):
-        start = b"".join(value.to_bytes(4, "little") for value in (0, 1, 1, 1))
+    for number, fields in ((1, (0, 1, 1, 1, 2**32 - 1)), (2, (1, 1, 1, 1, 1, 0))):
+        start = b"".join(value.to_bytes(4, "little") for value in fields)
         frames.append(frame(Kind.PASS, Moment(1, number, 0), start + bytes(64)))
         frames += [frame(Kind.SUM, Moment(1, number, turn), bytes(64)) for turn in (1, 2)]
     return [*frames, frame(Kind.SETUP, Moment(0), setup)]

@@ -25,6 +25,7 @@ from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import KVType
 from edgert.engine.layouts import LayoutChoice, Layouts
 from edgert.engine.resident import ResidentWeights
+from edgert.engine.retrieval_head import RetrievalHead
 from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import WeightSource
 from edgert.errors import ContextOverflow, KVStoreError, ModelFileError, TemplateError, UsageError
@@ -32,6 +33,7 @@ from edgert.forecast import Forecast
 from edgert.generation import Generation
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
+from edgert.kv_tiers import check_kv, head_of
 from edgert.memory.governor import Governor
 from edgert.memory.planner import Plan
 from edgert.memory.probe import MemoryProbe
@@ -106,8 +108,6 @@ class Runtime:
             raise ModelFileError(str(path), "is one device's part of a model", "Use the model's own file.")
         options = EngineOptions(None if memory is None else parse_bytes(memory), context, threads or usable_cores(),
                                 batch, kv_type, layout, speculate, kv_budget, kv_store)
-        if cluster is not None and isinstance(kv_budget, int):
-            raise UsageError("--kv-budget does not work with --cluster", "Leave out one of them.")
         if session is not None and (cluster is not None or kv_type != "f16"):
             raise UsageError(f"--session does not work with --{'cluster' if cluster else 'kv-type'}",
                              "Leave out one of them.")
@@ -320,22 +320,26 @@ def _open_cluster(file: ModelFile, paths: Paths, options: EngineOptions, cluster
     from tensorpar.leader import ClusterEngine
     from tensorpar.messages import Settings
 
-    arch = open_architecture(file)
+    arch, head = open_architecture(file), None
     context_length = context_length_of(arch, options)
     options = replace(options, context=context_length)
+    if isinstance(options.kv_budget, int):
+        check_kv(options, arch)
+        head = head_of(file, arch, paths)
     profile = cluster_profile(paths, options, matrix_types(file), arch.hp.head_dim, file.path)
     return ClusterEngine(
         file, arch, paths, profile,
         Settings(context_length, options.batch_size, options.kv_type, options.settled_layout),
-        lambda part, collective: open_engine(part, paths, options, trace, collective), cluster)
+        lambda part, collective: open_engine(part, paths, options, trace, collective, head), cluster)
 
 
 def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Trace = OFF,
-                collective: Collective | None = None) -> Engine:
+                collective: Collective | None = None, head: RetrievalHead | None = None) -> Engine:
     """The engine for a file, of the sizes that its plan says. With `collective`, one rank of a cluster, over the slice
-    that the file is."""
+    that the file is; where there is a budget for a step's tokens, the one that leads, with the whole model's `head`."""
     is_shard = collective is not None and collective.world_size > 1
     with Planning(file, paths, options, MemoryProbe(), is_shard=is_shard) as planning:
+        planning.head = planning.head or head
         return open_planned(planning, planning.plan(), trace, collective)[0]
 
 
@@ -366,7 +370,13 @@ def open_planned(planning: Planning, plan: Plan, trace: Trace = OFF,
 def _engine(planning: Planning, weights: WeightSource, plan: Plan, trace: Trace, collective: Collective | None,
             graphs: BlockwiseGraphs | None = None) -> Engine:
     """The engine whose steps attend to all tokens, or to a set of them."""
-    sizes = planning.demand.shape.kv
+    sizes, budget = planning.demand.shape.kv, planning.options.kv_budget
+    if collective is not None and collective.world_size > 1:
+        from retrieval.opening import open_rank
+
+        return open_rank(planning.arch, weights, planning.kv, planning.backend, collective,
+                         budget if isinstance(budget, int) else None, planning.head, batch_size=plan.batch_size,
+                         graphs=graphs, trace=trace)
     if sizes is None:
         return Engine(planning.arch, weights, planning.kv, planning.backend, collective=collective,
                       batch_size=plan.batch_size, graphs=graphs, trace=trace)

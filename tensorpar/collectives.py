@@ -34,7 +34,10 @@ _PIECE_BYTES = 2**16
 _MAX_ARRAYS = 64
 _NOTHING: tuple[Tensor | None, int, Floats] = (None, 0, np.empty(0, np.float32))
 _OF_A_PASS = frozenset((Kind.PASS, Kind.PART, Kind.SUM))
-_PASS = struct.Struct("<IIII")  # start, tokens of the whole step, rows of logits, tokens of this batch
+# Start, tokens of the whole step, rows of logits, tokens of this batch, and how many cached tokens it attends to, whose
+# positions follow.
+_PASS = struct.Struct("<IIIII")
+_ALL, _MAX_SELECTED = 2**32 - 1, 2**16
 
 
 class MeshBroken(ClusterError):
@@ -99,6 +102,7 @@ class Group:
         self._links = dict(sorted(links.items()))
         self._moment = Moment(epoch)
         self._pass = PassStart(0, 0, 0)
+        self.selected: NDArray[np.int64] | None = None
         self._arrays: dict[int, tuple[Tensor | None, int, Floats]] = {}
         self._rooms: dict[int, memoryview] = {}
         self._times = times or SumTimes()
@@ -136,7 +140,7 @@ class Group:
     def begin(self, start: PassStart) -> None:
         """On the leader, before each step. Frames of a step that was broken off are older than all that follow."""
         self._moment = Moment(self._moment.epoch, self._moment.number + 1)
-        self._pass = start
+        self._pass, self.selected = start, None
 
     def follow(self) -> PassStart:
         """On the others: what the PASS frame that waits in the leader's link begins. Its hidden state stays there
@@ -147,15 +151,29 @@ class Group:
         self._moment = header.moment
         raw = memoryview(bytearray(_PASS.size))
         self._links[0].take_part(raw)
-        start, n_tokens, n_outputs, _ = _PASS.unpack(raw)
+        start, n_tokens, n_outputs, _, n_selected = _PASS.unpack(raw)
+        self.selected = None if n_selected == _ALL else self._positions(n_selected, start)
         return PassStart(start, n_tokens, n_outputs)
+
+    def _positions(self, n: int, n_cached: int) -> NDArray[np.int64]:
+        """The next so many in the leader's link. Raises BadFrame for what is no set of that many cached tokens."""
+        if not 1 <= n <= min(n_cached, _MAX_SELECTED):
+            raise BadFrame(f"a set of {n} tokens, of {n_cached}")
+        positions = np.empty(n, np.uint32)
+        self._links[0].take_part(positions.data.cast("B"))
+        rising = positions.astype(np.int64)
+        if rising[-1] >= n_cached or (np.diff(rising) <= 0).any():
+            raise BadFrame("a set of tokens that are not there")
+        return rising
 
     def broadcast(self, hidden: Tensor) -> None:
         values = Backend.array(hidden).reshape(-1)
         self.n_broadcasts += 1
         if self.rank == 0:
-            payload = _PASS.pack(self._pass.start, self._pass.n_tokens, self._pass.n_outputs, hidden.ne[1])
-            frame = memoryview(payload + values.tobytes())
+            chosen = b"" if self.selected is None else self.selected.astype(np.uint32).tobytes()
+            payload = _PASS.pack(self._pass.start, self._pass.n_tokens, self._pass.n_outputs, hidden.ne[1],
+                                 _ALL if self.selected is None else len(self.selected))
+            frame = memoryview(payload + chosen + values.tobytes())
             for link in self._links.values():
                 link.send(Kind.PASS, self._moment, frame)
         else:

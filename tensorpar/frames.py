@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from edgert.errors import ClusterError
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"EDGT"
 _LAYOUT = struct.Struct("<4sBBHIIII")
 HEADER_BYTES = _LAYOUT.size

@@ -93,7 +93,8 @@ class ClusterEngine(Engine):
                 if isinstance(self.collective, Group):
                     self._begin(self.collective, PassStart(self.kv.length, len(missing), n_outputs))
                 began_s, waited_s = time.monotonic(), self._waited_s()
-                logits = super().step(missing, n_outputs)
+                assert self._inner is not None
+                logits = self._inner.step(missing, n_outputs)
                 if len(missing) == 1:
                     self._slow = self._pace.passed(time.monotonic() - began_s, {
                         rank: now_s - waited_s[rank] for rank, now_s in self._waited_s().items()})
@@ -103,6 +104,10 @@ class ClusterEngine(Engine):
                 self._go_on_without(lost)
             except MeshBroken as broken:
                 self._go_on_without_mesh(broken)
+
+    @property
+    def selected_tokens(self) -> int | None:
+        return None if self._inner is None else self._inner.selected_tokens
 
     def _begin(self, group: Group, start: PassStart) -> None:
         """Ready all ranks for a pass. Refuses a prompt that does not fit before anybody hears of it."""
@@ -120,6 +125,8 @@ class ClusterEngine(Engine):
 
     def refresh(self) -> None:
         """Between two requests: devices that are back, or new, are used from here on."""
+        if self._inner is not None:
+            self._inner.refresh()
         n_before, now_s = len(self._workers.connected), time.monotonic()
         if now_s - self._looked_s < _LOOK_AGAIN_S:
             return

@@ -22,6 +22,9 @@ class Collective(Protocol):
     rank: int
     splits_head: bool
     """Every rank has rows of the output head, so that all need the last sum."""
+    selected: NDArray[np.int64] | None
+    """The cached tokens that the running pass attends to beside its own, rising; None for all. Rank 0 sets it before a
+    pass of one batch, others find what it said."""
 
     def broadcast(self, hidden: Tensor) -> None:
         """Rank 0's values, on every rank."""
@@ -47,6 +50,7 @@ class Solo:
     world_size = 1
     rank = 0
     splits_head = False
+    selected: NDArray[np.int64] | None = None
 
     def broadcast(self, hidden: Tensor) -> None:
         """Nobody else is there."""

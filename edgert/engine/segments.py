@@ -56,6 +56,7 @@ class SegmentState(FusedState):
     def __init__(self, backend: Backend, arch: Architecture, kv: KVCache, batch: Batch, collective: Collective) -> None:
         self.batch, self.rank, self.world_size = batch, collective.rank, collective.world_size
         self.splits_head = collective.splits_head
+        self.selected: NDArray[np.int64] | None = None  # graphs are built here; over what is said with each pass
         self._arch, self._carried = arch, None
         self.segments: list[Segment] = []
         self.logits, self.logits_array = None, None

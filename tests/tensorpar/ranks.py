@@ -45,6 +45,14 @@ class Recorder:
         self.sums: list[Floats] = []
         self.hidden: list[Floats] = []
 
+    @property
+    def selected(self) -> NDArray[np.int64] | None:
+        return self._inner.selected
+
+    @selected.setter
+    def selected(self, positions: NDArray[np.int64] | None) -> None:
+        self._inner.selected = positions
+
     def broadcast(self, hidden: Tensor) -> None:
         self._inner.broadcast(hidden)
         self._hidden = hidden

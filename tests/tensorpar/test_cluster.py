@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from command_line import start
+from ranks import random_tokens
 
 from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, cluster
 from edgert.generation import Generation
@@ -86,6 +87,32 @@ def test_an_answer_and_weights_that_are_sent_once(model: Path, tmp_path: Path, a
                 assert collective.n_all_reduces == n_passes * (2 * n_layers - 1)
                 assert collective.n_reduces == n_passes
         assert len(list((made.leader_home / "cache" / "slices").iterdir())) == 1
+
+
+def test_a_long_text_is_looked_at_in_part_and_goes_on_without_a_lost_device(
+        model: Path, tmp_path: Path, at_home: AtHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of as many tokens as there are give the answer of full attention; smaller ones an answer too."""
+    monkeypatch.setattr("retrieval.opening.FROM_TOKENS", 64)
+    prompt, expected = random_tokens(150), list[int]()
+    with loaded(model, None) as runtime:
+        generation = runtime.generate(prompt, max_tokens=24, sampling=GREEDY)
+        generation.result()
+        expected = generation.token_ids
+    with cluster(tmp_path, 2, measured=False) as made:
+        at_home(made.leader_home)
+        for budget, wanted in ((180, expected), (64, None)):
+            with Runtime.load(model, threads=1, context=512, layout="plain", cluster=ALL, kv_budget=budget) as runtime:
+                attended, generation = list[int | None](), runtime.generate(prompt, max_tokens=24, sampling=GREEDY)
+                for _ in generation:
+                    attended.append(runtime.engine.selected_tokens)
+                    if len(attended) == 8 and wanted is None:
+                        lose(made.workers[0], "killed")
+                if wanted is not None:
+                    assert generation.token_ids == wanted
+                    continue
+                assert len(generation.token_ids) >= 20 and names(runtime) == ["leader", "worker2"]
+                sizes = [one for one in attended if one is not None]
+                assert len(sizes) > 10 and {*sizes} <= {*range(64, 81)}
 
 
 def lose(worker: WorkerProcess, how: str) -> None:

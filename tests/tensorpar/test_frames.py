@@ -183,7 +183,7 @@ def test_damaged_frames_end_a_session_in_order(fuzz: ModuleType) -> None:
 
 def test_a_pass_of_more_tokens_than_any_context_takes_no_memory(fuzz: ModuleType) -> None:
     probe, setup, *_ = fuzz.sound_stream()
-    claim = b"".join(value.to_bytes(4, "little") for value in (0, 2**31, 1, 1))
+    claim = b"".join(value.to_bytes(4, "little") for value in (0, 2**31, 1, 1, 2**32 - 1))
     tracemalloc.start()
     try:
         ended, peak_bytes = fuzz.serve(b"".join([probe, setup, fuzz.frame(Kind.PASS, Moment(1, 1), claim + bytes(64))]))
