@@ -49,7 +49,7 @@ class FollowingEngine(Engine):
         return super().compute_bytes + self._masked_graphs.compute_bytes
 
     def _run(self, batches: list[Batch]) -> Floats | None:
-        if self.collective.selected is None:
+        if self.collective.selected is None or len(batches) > 1:
             return super()._run(batches)
         return self._over(batches[0])
 
