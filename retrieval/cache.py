@@ -204,6 +204,7 @@ class RetrievedKVCache:
         assert self.disk is not None
         self.planner.settle()
         self._spill(start)
+        self._n_given_back = 0  # also where a text was forgotten that it had held
         self._give_back_dense(self._hp.n_layers)
         file = LayerFile(directory, self._hp, end, self.disk.lacking_bytes(end))
         with record_blocks(self._backend, self._hp) as blocks, closing(file):

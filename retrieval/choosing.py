@@ -112,4 +112,5 @@ class Chooser:
 
     def forget(self) -> None:
         """A request begins."""
+        self.selector.forget()
         self.survivors, self.held, self._n_since_whole = None, None, _FULL_EVERY

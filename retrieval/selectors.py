@@ -53,6 +53,10 @@ class Selector(Protocol):
         """The step of the token at `position` was observed."""
         ...
 
+    def forget(self) -> None:
+        """Another request begins: what was observed is no longer what the next step wants."""
+        ...
+
     @property
     def identity(self) -> str:
         """Two selectors of one identity read each other's state."""
@@ -102,6 +106,9 @@ class HeadSelector:
 
     def saw(self, position: int, observations: Sequence[Observation]) -> None:
         """It has its own queries."""
+
+    def forget(self) -> None:
+        """Nothing was observed."""
 
     @property
     def identity(self) -> str:
@@ -183,6 +190,9 @@ class PageSelector:
 
     def restore(self, state: Floats, n_tokens: int) -> None:
         """It is shown the keys."""
+
+    def forget(self) -> None:
+        self._position = -1
 
     def saw(self, position: int, observations: Sequence[Observation]) -> None:
         n_pages = position // PAGE_TOKENS + 1

@@ -156,9 +156,9 @@ class Session:
                        self._card.selector, n_exact=min(n, self._card.n_exact))
 
     def _n_exact(self, kv: KVCache, n_same: int, n_tokens: int) -> int:
-        if isinstance(kv, RetrievedKVCache):
-            return min(n_tokens, kv.approximate_from)
-        return n_tokens if n_same <= self._card.n_exact else self._card.n_exact
+        """Of the records: the first `n_same` are those that the card speaks of, the others are the cache's."""
+        n_exact = min(n_tokens, kv.approximate_from) if isinstance(kv, RetrievedKVCache) else n_tokens
+        return n_exact if n_same <= self._card.n_exact else min(n_exact, self._card.n_exact)
 
     def _append(self, kv: KVCache, backend: Backend, start: int, end: int) -> None:
         needed = (end - start) * sum(shape.stride_bytes for shape in self._kinds.values())

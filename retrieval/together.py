@@ -54,7 +54,7 @@ class FollowingEngine(Engine):
         return self._over(batches[0])
 
     def _over(self, batch: Batch) -> Floats | None:
-        """The batch over the set that this pass is over."""
+        """The batch over the set that this pass is over, or over everything."""
         self._masked.visible = self.collective.selected
         logits = self._pass([batch], self._masked_graphs, self._masked)
         self.kv.commit(batch)
@@ -74,13 +74,14 @@ class FollowingEngine(Engine):
 
 
 class LeadingEngine(FollowingEngine):
-    """Rank 0, which chooses. A prompt, and a text of up to `from_tokens`, are attended whole."""
+    """Rank 0, which chooses. A prompt, and a text of up to `from_tokens`, are attended whole; and so is, at most once
+    in some steps, whatever nothing sure is known of."""
 
     def __init__(self, arch: Architecture, weights: WeightSource, kv: DenseKVCache, backend: Backend,
                  collective: Collective, selector: Selector, policy: Policy, from_tokens: int, *,
                  batch_size: int = 512, graphs: BlockwiseGraphs | None = None, trace: Trace = OFF) -> None:
         self._selector, self._from_tokens = selector, max(from_tokens, policy.budget)
-        self._chooser = Chooser(selector, policy, can_look_around=False)
+        self._chooser = Chooser(selector, policy, can_look_around=True)
         self._near = DenseTier(kv)
         super().__init__(arch, weights, kv, backend, collective,
                          observed=selector.key_layers or observed_layers(arch.hp),
@@ -134,8 +135,12 @@ class LeadingEngine(FollowingEngine):
     def _attend_to_a_set(self, batch: Batch) -> Floats | None:
         ids = np.array(self._token_ids, np.int32)
         known = self._chooser.known(batch.start, self._chooser.survivors)
-        chosen = self._chooser.choose(known, repeats(ids, int(batch.token_ids[0])), None)
-        assert chosen is not None  # only who may look around does
+        chosen = self._chooser.trusted(self._chooser.choose(known, repeats(ids, int(batch.token_ids[0])), None))
+        if chosen is None:
+            logits, self._n_attended = self._over(batch), None
+            self._chooser.saw_everything(batch.end, self._masked.observations())
+            self._chooser.looked_around()
+            return logits
         self.collective.selected, self._n_attended = chosen.positions, len(chosen.positions)
         try:
             logits = self._over(batch)

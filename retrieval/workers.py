@@ -53,6 +53,7 @@ class Workers:
             try:
                 futures[0].result(_POLL_S)
             except FutureTimeout:
+                self.check()
                 n_waits += 1
                 if n_waits * _POLL_S > _DEADLINE_S:
                     self._is_silent = True

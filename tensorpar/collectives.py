@@ -37,7 +37,7 @@ _OF_A_PASS = frozenset((Kind.PASS, Kind.PART, Kind.SUM))
 # Start, tokens of the whole step, rows of logits, tokens of this batch, and how many cached tokens it attends to, whose
 # positions follow.
 _PASS = struct.Struct("<IIIII")
-_ALL, _MAX_SELECTED = 2**32 - 1, 2**16
+_ALL = 2**32 - 1
 
 
 class MeshBroken(ClusterError):
@@ -157,7 +157,7 @@ class Group:
 
     def _positions(self, n: int, n_cached: int) -> NDArray[np.int64]:
         """The next so many in the leader's link. Raises BadFrame for what is no set of that many cached tokens."""
-        if not 1 <= n <= min(n_cached, _MAX_SELECTED):
+        if not 1 <= n <= n_cached or 4 * n > self._links[0].peek(MAX_DATA_BYTES).n_bytes:
             raise BadFrame(f"a set of {n} tokens, of {n_cached}")
         positions = np.empty(n, np.uint32)
         self._links[0].take_part(positions.data.cast("B"))

@@ -87,6 +87,13 @@ class ClusterEngine(Engine):
         del self._token_ids[self.kv.length:]
         wanted = [*self._token_ids, *token_ids.tolist()]
         self._leave_behind_slow()
+        try:
+            return self._whole_step(wanted, n_outputs)
+        finally:
+            self._token_ids = wanted[:self.kv.length]  # a step that was stopped has whole batches
+
+    def _whole_step(self, wanted: list[int], n_outputs: int) -> NDArray[np.float32]:
+        """Until the cache holds all that is wanted, with whoever is left."""
         while True:
             missing = np.array(wanted[self.kv.length:], np.int32)
             try:
@@ -98,7 +105,7 @@ class ClusterEngine(Engine):
                 if len(missing) == 1:
                     self._slow = self._pace.passed(time.monotonic() - began_s, {
                         rank: now_s - waited_s[rank] for rank, now_s in self._waited_s().items()})
-                self._token_ids, self._in_pass = wanted, False
+                self._in_pass = False
                 return logits
             except PeerLost as lost:
                 self._go_on_without(lost)

@@ -157,6 +157,19 @@ def test_who_wants_exact_answers_gets_no_keys_of_steps_over_a_set(tiny_model: Ti
         assert np.abs(answer(engine, [5], 2) - restored_logits).max() < 0.5
 
 
+def test_records_that_stay_keep_their_word_on_exactness(tiny_model: TinyModel, tmp_path: Path) -> None:
+    path, said = tiny_model("llama"), [*PROMPT, *SAID]
+    keep("disk, head", path, tmp_path)
+    with opened("disk, head", path, tmp_path) as engine, closing(session_of(engine, path, tmp_path)) as session:
+        session.restore(engine.kv, engine.backend)
+        engine.kv.truncate(0)  # as after damage in the store
+        engine.refresh()
+        answer(engine, [*said, 5], 0)
+        assert engine.kv.approximate_from > len(said), "the cache has been computed whole"
+        session.save(engine.kv, engine.backend, [*said, 5], {})
+        assert SessionCard.read(tmp_path / "book/card.json").n_exact == len(PROMPT), "the records have not"
+
+
 @pytest.mark.parametrize("cut_bytes", [0, 1000, 100_000])
 def test_a_file_that_was_cut_is_noticed(tiny_model: TinyModel, tmp_path: Path, cut_bytes: int) -> None:
     path = tiny_model("llama")

@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,14 @@ def test_a_read_that_comes_after_its_deadline_ends_the_store_and_changes_no_answ
             with pytest.raises(DiskSilent, match="start edgert again"):
                 answer(engine, [1], 0)
             assert engine.kv.length == length
-        is_free.set()
         kv, nothing = engine._retrieved, np.zeros(0, np.int64)
         with pytest.raises(DiskSilent):
             kv.cold.start_fetch(kv.hot.records, nothing, nothing)
+        assert kv.disk is not None
+        monkeypatch.setattr("retrieval.workers._DEADLINE_S", 1000.0)
+        with pytest.raises(DiskSilent):  # nobody waits for it once more
+            kv.disk._workers.wait([Future()])
+        is_free.set()
 
 
 def test_records_whose_write_failed_are_written_with_the_next(tiny_model: TinyModel, tmp_path: Path,
@@ -212,3 +217,15 @@ def test_a_text_that_grows_beyond_its_threshold_leaves_no_dense_memory(tiny_mode
         assert kv.length == 215 and kv.dense.length == 0
         n_layers = engine.arch.hp.n_layers
         assert [*range(n_layers)] == [i for one in given for i in range(n_layers)[one]]
+
+
+def test_a_text_that_was_forgotten_leaves_no_dense_memory_beside_a_long_prompt(tiny_model: TinyModel,
+                                                                               tmp_path: Path) -> None:
+    with open_retrieving(tiny_model("llama"), tmp_path, policy=POLICY) as engine:
+        kv, given = engine._retrieved, list[slice]()
+        answer(engine, PROMPT[:150], 0)
+        kv.truncate(0)
+        engine.refresh()
+        kv.dense.give_back_layers = given.append  # type: ignore[method-assign]
+        answer(engine, random_tokens(420, 9), 0)
+        assert given[0] == slice(0, engine.arch.hp.n_layers)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from command_line import start
@@ -21,6 +22,7 @@ from ranks import random_tokens
 
 from benchmarks.cluster_processes import DEADLINE_S, WorkerProcess, cluster
 from edgert.generation import Generation
+from edgert.ggml.backend import Cancelled
 from edgert.runtime import Runtime
 from edgert.text.sampler import SamplingParams
 from tensorpar.leader import ClusterEngine
@@ -238,6 +240,28 @@ def test_a_cancelled_answer_leaves_the_cluster_in_step(model: Path, tmp_path: Pa
                 again = answer(runtime)
                 again.result()
                 assert again.token_ids == expected
+
+
+def test_a_prompt_that_was_stopped_halfway_goes_on_from_there(model: Path, tmp_path: Path, at_home: AtHome,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = np.array(random_tokens(64), np.int32)
+    with loaded(model, None) as runtime:
+        expected = runtime.engine.step(prompt)[0].copy()
+    with cluster(tmp_path, 1, measured=False) as made:
+        at_home(made.leader_home)
+        with Runtime.load(model, threads=1, context=512, layout="plain", batch=16,
+                          cluster=ClusterOptions(1, discovery_s=0)) as runtime:
+            engine = runtime.engine
+            commit = engine.kv.commit
+            monkeypatch.setattr(engine.kv, "commit", lambda batch: (commit(batch), engine.cancel()))
+            with pytest.raises(Cancelled):
+                engine.step(prompt)
+            monkeypatch.undo()
+            engine.resume()
+            n_done = engine.kv.length
+            assert 0 < n_done < 64
+            assert np.abs(engine.step(prompt[n_done:])[0] - expected).max() < 0.1
+            assert engine.kv.length == 64
 
 
 def holds_a_slice(worker: WorkerProcess) -> bool:
