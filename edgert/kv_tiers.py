@@ -50,6 +50,17 @@ def head_of(file: ModelFile, arch: Architecture, paths: Paths) -> RetrievalHead 
     return find_head(file, arch.hp, [paths.heads])
 
 
+def with_selector(demand: Demand, options: EngineOptions, arch: Architecture, head: RetrievalHead | None) -> Demand:
+    """The same, and what chooses a step's tokens, on the device that leads a cluster in which that is to be done."""
+    from retrieval.sizes import selector_bytes_per_token
+
+    if not isinstance(options.kv_budget, int):
+        return demand
+    kept_bytes = int(selector_bytes_per_token(arch.hp, head) * demand.context_length)
+    return replace(demand, overheads=replace(demand.overheads,
+                                             growth_bytes=demand.overheads.growth_bytes + kept_bytes))
+
+
 def check_kv(options: EngineOptions, arch: Architecture) -> None:
     """Raises UsageError where steps cannot attend to a set of tokens."""
     if options.kv_type != "f16":

@@ -25,7 +25,7 @@ from edgert.errors import UsageError
 from edgert.ggml.backend import Backend
 from edgert.ggml.library import load_libraries
 from edgert.gguf.model_file import ModelFile
-from edgert.kv_tiers import head_of, with_kv
+from edgert.kv_tiers import head_of, with_kv, with_selector
 from edgert.memory.demand_store import DemandStore
 from edgert.memory.hits import HIT_CURVE
 from edgert.memory.model import predict
@@ -84,8 +84,9 @@ class Planning:
     `graphs` with `release`; else `close` gives them back."""
 
     def __init__(self, file: ModelFile, paths: Paths, options: EngineOptions, probe: MemoryProbe, *,
-                 is_shard: bool = False) -> None:
-        """Raises ModelFileError, UsageError, OutOfMemory."""
+                 is_shard: bool = False, head: RetrievalHead | None = None) -> None:
+        """With `is_shard`, for one rank of a cluster, whose whole model has that `head`. Raises ModelFileError,
+        UsageError, OutOfMemory."""
         from offload.disk_speed import disk_key
         from offload.loading import measure_overheads
         from offload.residency import cut
@@ -116,8 +117,10 @@ class Planning:
             shape = shape_of(file, self.arch, self.pieces, options.kv_type)
             self.demand = Demand(shape, overheads, self.kv.context_length, options.batch_size, self.layouts.repacked,
                                  self.profile.curves.get(shape.key, HIT_CURVE))
-            self.head: RetrievalHead | None = None
-            if not is_shard:
+            self.head = head
+            if is_shard:
+                self.demand = with_selector(self.demand, options, self.arch, head)
+            else:
                 DemandStore(paths.cache / "demands.json").save(file.path, self.demand, *self.keys)
                 self.head = head_of(file, self.arch, paths)
                 self.demand = with_kv(self.demand, options, self.arch, self.head, self.budget_bytes)

@@ -340,8 +340,7 @@ def open_engine(file: ModelFile, paths: Paths, options: EngineOptions, trace: Tr
     """The engine for a file, of the sizes that its plan says. With `collective`, one rank of a cluster, over the slice
     that the file is; where there is a budget for a step's tokens, the one that leads, with the whole model's `head`."""
     is_shard = collective is not None and collective.world_size > 1
-    with Planning(file, paths, options, MemoryProbe(), is_shard=is_shard) as planning:
-        planning.head = planning.head or head
+    with Planning(file, paths, options, MemoryProbe(), is_shard=is_shard, head=head) as planning:
         return open_planned(planning, planning.plan(), trace, collective)[0]
 
 

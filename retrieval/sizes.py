@@ -38,7 +38,12 @@ def kv_sizes(hp: Hyperparameters, context_length: int, budget: int, from_tokens:
     waiting = (N_WAITING * strides + 4 * len(shapes) * context_length) if tier == "disk" else 0
     fixed = sum(shape.stride_bytes * rows for shape, rows in shapes.items()) + tables + waiting
     n_features = 1 + (len(head.feature_layers) if head else -1)
-    per_token = 4 * head.n_groups * head.dim if head else len(page_layers(hp)) * 8 * hp.kv_size / PAGE_TOKENS
-    return KVSizes(tier, budget, policy.n_beside, policy.n_late, min(context_length, max(from_tokens, budget)), fixed,
-                   per_token, 4 * hp.kv_size, 4 * hp.hidden_size * (1 + n_features), PASSING_TOKENS[weights],
-                   BLOCK_TOKENS * strides)
+    whole_tokens = min(context_length, max(from_tokens, budget))
+    return KVSizes(tier, budget, policy.n_beside, policy.n_late, whole_tokens, fixed,
+                   selector_bytes_per_token(hp, head), 4 * hp.kv_size, 4 * hp.hidden_size * (1 + n_features),
+                   PASSING_TOKENS[weights], BLOCK_TOKENS * strides)
+
+
+def selector_bytes_per_token(hp: Hyperparameters, head: RetrievalHead | None) -> float:
+    """What chooses keeps so much of each token: a head's keys, or its part of the bounds on its page's."""
+    return 4 * head.n_groups * head.dim if head else len(page_layers(hp)) * 8 * hp.kv_size / PAGE_TOKENS

@@ -117,3 +117,17 @@ def test_a_store_that_cannot_be_written_to_is_told_before_anything_is_computed(t
     probe = MemoryProbe().process_bytes()
     with pytest.raises(KVStoreError, match="cannot be written to"):
         Runtime.load(path, threads=1, context=65_536, memory=probe + 200 * MIB, kv_store=file, kv_budget=512)
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_the_device_that_leads_a_cluster_counts_what_chooses_there(tiny_model: TinyModel, tmp_path: Path,
+                                                                   has_head: bool) -> None:
+    path, paths = tiny_model("llama"), Paths(tmp_path, tmp_path, tmp_path)
+    hp = open_architecture(ModelFile.open(path)).hp
+    head, growth = RandomHead(hp.hidden_size) if has_head else None, list[int]()
+    for kv_budget in (None, 64):
+        options = EngineOptions(2**30, 4096, 1, layout="plain", kv_budget=kv_budget)
+        with Planning(ModelFile.open(path), paths, options, MemoryProbe(), is_shard=True, head=head) as planning:
+            growth.append(planning.demand.overheads.growth_bytes)
+            assert planning.demand.shape.kv is None, "keys and values stay in memory"
+    assert growth[1] - growth[0] == open_selector(hp, head, 4096).resident_bytes
