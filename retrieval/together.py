@@ -7,6 +7,7 @@ head sees what it would on one device; what was attended to before is observed o
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -87,7 +88,7 @@ class LeadingEngine(FollowingEngine):
                          observed=selector.key_layers or observed_layers(arch.hp),
                          batch_size=batch_size, graphs=graphs, trace=trace,
                          features=None if selector.feature_layers is None else self)
-        self._token_ids: list[int] = []
+        self._token_ids = array("i")
         self._n_attended: int | None = None
         self._begins = True  # a request's first tokens are its prompt, however few
 
@@ -120,7 +121,7 @@ class LeadingEngine(FollowingEngine):
         else:
             logits = self._attend_to_a_set(batches[0])
         for batch in batches:
-            self._token_ids += batch.token_ids.tolist()
+            self._token_ids.extend(batch.token_ids.tolist())
         if self._selector.key_layers:
             self._show_keys(start, end)
         return logits
