@@ -37,8 +37,9 @@ from retrieval.staged import LayerFile, StagedKVCache, from_records, in_blocks, 
 from retrieval.store import DiskTier
 
 # Before a text is too long to be attended whole: so many of its last steps write what the disk is to hold, and the last
-# few are observed and bring tokens into the hot buffer. As many steps beyond it give back what it had in memory.
-APPROACH_TOKENS, APPROACH_SETS = 128, 8
+# few are observed and bring tokens into the hot buffer, a MiB each at most, for a first touch of 2 MiB can take the
+# system 5 ms. As many steps beyond it give back what the text had in memory.
+APPROACH_TOKENS, APPROACH_SETS = 128, 16
 
 
 class RetrievedKVCache:
