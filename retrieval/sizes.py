@@ -41,9 +41,22 @@ def kv_sizes(hp: Hyperparameters, context_length: int, budget: int, from_tokens:
     whole_tokens = min(context_length, max(from_tokens, budget))
     return KVSizes(tier, budget, policy.n_beside, policy.n_late, whole_tokens, fixed,
                    selector_bytes_per_token(hp, head), 4 * hp.kv_size, 4 * hp.hidden_size * (1 + n_features),
-                   PASSING_TOKENS[weights], BLOCK_TOKENS * strides)
+                   PASSING_TOKENS[weights], BLOCK_TOKENS * strides,
+                   _waiting_bytes(hp, head, tier) if weights == "streamed" else 0)
 
 
 def selector_bytes_per_token(hp: Hyperparameters, head: RetrievalHead | None) -> float:
     """What chooses keeps so much of each token: a head's keys, or its part of the bounds on its page's."""
     return 4 * head.n_groups * head.dim if head else len(page_layers(hp)) * 8 * hp.kv_size / PAGE_TOKENS
+
+
+def _waiting_bytes(hp: Hyperparameters, head: RetrievalHead | None, tier: Literal["memory", "disk"]) -> int:
+    """Of a token of a prompt that passes streamed weights layer by layer: its features, which are kept up to the last
+    of their layers, beyond the keys and values of the layers after that, which are not there yet. And its hidden state,
+    where a plan does not count that itself (edgert/memory/model.py)."""
+    hidden_bytes = 4 * hp.hidden_size
+    features = late = 0
+    if head is not None:
+        features = (1 + len(head.feature_layers)) * hidden_bytes
+        late = 4 * hp.kv_size * (hp.n_layers - 1 - max(head.feature_layers))
+    return max(0, features - late) + (hidden_bytes if tier == "disk" else 0)

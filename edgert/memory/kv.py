@@ -40,19 +40,21 @@ class KVSizes:
     passing_bytes_per_token: int  # hidden state and features of the tokens that pass the layers together
     passing_tokens: int
     block_bytes: int  # records while they move between the tiers
+    waiting_bytes_per_token: int = 0  # of a prompt that is attended in memory: what its tokens keep between two layers
 
     def bytes(self, dense_bytes_per_token: int, n_tokens: int) -> int:
         """Peak memory up to a text of `n_tokens`.
 
-        In memory: dense + fixed + selector. On disk: the larger of a dense cache of `from_tokens` and, beyond, a
-        layer's K and V + what passes + a block; + fixed + selector.
+        In memory: dense + what waits + fixed + selector. On disk: the larger of a dense cache of `from_tokens` with
+        what waits and, beyond, a layer's K and V + what passes; each with a block; + fixed + selector.
         """
         cells = -(-n_tokens // CELLS_PER_BUCKET) * CELLS_PER_BUCKET
         beside = self.fixed_bytes + int(n_tokens * self.selector_bytes_per_token)
         dense_cells = min(cells, -(-self.from_tokens // CELLS_PER_BUCKET) * CELLS_PER_BUCKET)
         if self.tier == "memory":
-            return cells * dense_bytes_per_token + beside
-        dense = dense_cells * dense_bytes_per_token + self.block_bytes
+            return cells * dense_bytes_per_token + n_tokens * self.waiting_bytes_per_token + beside
+        waiting = min(n_tokens, self.from_tokens) * self.waiting_bytes_per_token
+        dense = dense_cells * dense_bytes_per_token + waiting + self.block_bytes
         if n_tokens <= self.from_tokens:
             return dense + beside
         passing = min(n_tokens, self.passing_tokens) * self.passing_bytes_per_token
@@ -61,10 +63,10 @@ class KVSizes:
 
     def touched_bytes(self, dense_bytes_per_token: int, n_tokens: int) -> int:
         """What of `bytes` a text of `n_tokens` has written to, and so takes: all of it beyond `from_tokens`; up to
-        there n_tokens * (dense + selector), for slots and blocks fill as the text comes near."""
+        there n_tokens * (dense + what waits + selector), for slots and blocks fill as the text comes near."""
         if n_tokens > self.from_tokens:
             return self.bytes(dense_bytes_per_token, n_tokens)
-        return int(n_tokens * (dense_bytes_per_token + self.selector_bytes_per_token))
+        return int(n_tokens * (dense_bytes_per_token + self.waiting_bytes_per_token + self.selector_bytes_per_token))
 
     def attended(self, n_cached: int) -> int:
         """Tokens that one step attends to of so many."""

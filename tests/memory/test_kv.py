@@ -29,6 +29,15 @@ def test_on_disk_a_text_takes_a_dense_cache_up_to_its_threshold_or_what_a_prompt
     assert DISK.bytes(DENSE, 4000) == 2048 * DENSE + 500_000 + 10_000_000 + 4000 * 256
 
 
+def test_what_a_prompts_tokens_keep_between_layers_is_counted_where_they_are_attended_in_memory() -> None:
+    waiting = replace(DISK, waiting_bytes_per_token=9000)
+    assert waiting.bytes(DENSE, 300) - DISK.bytes(DENSE, 300) == 300 * 9000
+    assert waiting.touched_bytes(DENSE, 300) - DISK.touched_bytes(DENSE, 300) == 300 * 9000
+    assert waiting.bytes(DENSE, 4000) - DISK.bytes(DENSE, 4000) == 2048 * 9000, "beyond, it passes in another way"
+    near = replace(waiting, tier="memory")
+    assert near.bytes(DENSE, 5000) == 5120 * DENSE + 10_000_000 + 5000 * (256 + 9000)
+
+
 def test_in_memory_a_set_comes_on_top_of_the_dense_cache() -> None:
     near = replace(DISK, tier="memory")
     assert near.bytes(DENSE, 5000) == 5120 * DENSE + 10_000_000 + 5000 * 256
