@@ -82,9 +82,9 @@ class ClusterEngine(Engine):
 
     # -- the engine --------------------------------------------------------------------------------------------
     def step(self, token_ids: NDArray[np.int32], n_outputs: int = 1) -> NDArray[np.float32]:
+        del self._token_ids[self.kv.length:]
         if self._inner is None:  # what was to follow a loss could not be opened
             self._plan_anew()
-        del self._token_ids[self.kv.length:]
         wanted = [*self._token_ids, *token_ids.tolist()]
         self._leave_behind_slow()
         try:

@@ -264,6 +264,25 @@ def test_a_prompt_that_was_stopped_halfway_goes_on_from_there(model: Path, tmp_p
             assert engine.kv.length == 64
 
 
+def test_what_could_not_be_opened_after_a_loss_is_with_the_next_step_and_has_the_text_so_far(
+        model: Path, tmp_path: Path, at_home: AtHome) -> None:
+    prompt = np.array(random_tokens(40), np.int32)
+    with loaded(model, None) as runtime:
+        runtime.engine.step(prompt)
+        expected = runtime.engine.step(np.array([7], np.int32))[0].copy()
+    with cluster(tmp_path, 1, measured=False) as made:
+        at_home(made.leader_home)
+        with loaded(model, ClusterOptions(1, discovery_s=0)) as runtime:
+            engine = runtime.engine
+            assert isinstance(engine, ClusterEngine)
+            engine.step(prompt)
+            lost, engine._inner = engine._inner, None
+            assert lost is not None
+            lost.close()
+            assert np.abs(engine.step(np.array([7], np.int32))[0] - expected).max() < 0.1
+            assert engine.kv.length == 41
+
+
 def holds_a_slice(worker: WorkerProcess) -> bool:
     assert worker.process is not None
     return any("slices" in one.path for one in psutil.Process(worker.process.pid).memory_maps())
