@@ -6,6 +6,7 @@ Each error carries its figures as fields, so that a program can act on them with
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -152,6 +153,11 @@ class ChecksumMismatch(DownloadError):
         self.actual = actual
 
 
+def is_full(error: OSError) -> bool:
+    """Whether it is that a disk, or a user's part of it, has no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 class NoSpace(EdgertError):
     """The disk that holds `directory` has `free_bytes`, and `needed_bytes` are needed."""
 
@@ -192,11 +198,12 @@ class KVStoreError(ComputeError):
         self.problem = problem
 
 
-class DiskSilent(KVStoreError):
-    """A disk has not answered for `seconds`. It may yet write into memory that it was given: nothing there counts."""
+class DiskSilent(ComputeError):
+    """A disk has not answered for `seconds`. It may yet write into memory that it was given: nothing there counts, and
+    nothing is computed anew until edgert is."""
 
     def __init__(self, path: str, seconds: float) -> None:
-        super().__init__(path, f"the disk has not answered for {seconds:.0f} s",
+        super().__init__(f"{path}: the disk has not answered for {seconds:.0f} s",
                          "Look at the disk, or name another --kv-store; then start edgert again.")
 
 

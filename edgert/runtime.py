@@ -28,7 +28,7 @@ from edgert.engine.resident import ResidentWeights
 from edgert.engine.retrieval_head import RetrievalHead
 from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import WeightSource
-from edgert.errors import ContextOverflow, DiskSilent, KVStoreError, ModelFileError, TemplateError, UsageError
+from edgert.errors import ContextOverflow, KVStoreError, ModelFileError, TemplateError, UsageError
 from edgert.forecast import Forecast
 from edgert.generation import Generation
 from edgert.ggml.library import load_libraries
@@ -245,8 +245,6 @@ class Runtime:
         n_kept = min(n_common, len(prompt_ids) - 1)
         try:
             self.engine.kv.truncate(n_kept)
-        except DiskSilent:
-            raise
         except KVStoreError as error:  # what has to be read for that is damaged
             _log.warning("%s; %d tokens are computed anew", error.message, n_kept)
             n_kept = 0

@@ -8,7 +8,7 @@ step over a set, the next one's is planned and fetched while it computes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from edgert.architectures.base import Architecture
 from edgert.engine.batch import Batch
 from edgert.engine.blockwise import BlockwiseGraphs
-from edgert.engine.engine import BetweenSteps, Engine, forward
+from edgert.engine.engine import Engine
 from edgert.engine.features import FeatureSink
-from edgert.engine.fused import FusedGraphs, State
+from edgert.engine.fused import FusedGraphs
 from edgert.engine.kv_cache import KVCache
 from edgert.engine.parted import PartedGraphs
 from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import WeightSource
-from edgert.errors import DiskSilent, KVStoreError
+from edgert.errors import KVStoreError
 from edgert.ggml.backend import Backend
 from retrieval.cache import APPROACH_SETS, RetrievedKVCache
 from retrieval.hot import MAX_STEP_TOKENS
@@ -59,11 +59,10 @@ class Foresight:
 class RetrievalEngine(Engine):
     def __init__(self, arch: Architecture, weights: WeightSource, kv: RetrievedKVCache, backend: Backend, *,
                  store: Path = Path(), batch_size: int = 512, fused: bool | None = None,
-                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF,
-                 between_steps: BetweenSteps = lambda n_tokens, leaves_buffers: None) -> None:
+                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF) -> None:
         features = kv if kv.selector.feature_layers is not None else None
         super().__init__(arch, weights, kv, backend, batch_size=batch_size, fused=fused, graphs=graphs, trace=trace,
-                         features=features, between_steps=between_steps)
+                         features=features)
         self._retrieved, self._store = kv, store  # the directory of files that prompts need
         is_fused = isinstance(self._graphs, FusedGraphs)
         self._hot_graphs = (PartedGraphs if is_fused else BlockwiseGraphs)(backend, arch, kv.hot)
@@ -93,8 +92,6 @@ class RetrievalEngine(Engine):
         del known[self.kv.length:]
         try:
             logits = super().step(token_ids, n_outputs)
-        except DiskSilent:
-            raise
         except KVStoreError as error:
             before = np.array(known, np.int32)
             _log.warning("%s; %d tokens are computed anew", error.message, len(before))
@@ -201,9 +198,6 @@ class RetrievalEngine(Engine):
         if isinstance(graphs, BlockwiseGraphs):
             return graphs.run(graphs.in_parts(batches), through, features)
         return graphs.run(batches[0], through, features)
-
-    def _through(self, kv: KVCache, features: FeatureSink | None) -> Callable[[Sequence[State]], None]:
-        return lambda states: forward(states, self.arch, self.weights, kv, self.collective, features)
 
     def close(self) -> None:
         self._hot_graphs.close()

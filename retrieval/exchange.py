@@ -6,7 +6,7 @@ Knows slots and the cold tier; which tokens are wanted, and why, is retrieval/pl
 from __future__ import annotations
 
 from edgert.engine.batch import Batch
-from edgert.errors import KVStoreError
+from edgert.errors import DiskSilent, KVStoreError
 from edgert.ggml.backend import Cancelled
 from retrieval.arrays import Positions
 from retrieval.cold import ColdTier, Fetch
@@ -61,6 +61,6 @@ class Exchange:
             except BaseException as error:
                 self._hot.slots.drop(missing)
                 problem = error
-        if problem is not None and (needs or not isinstance(problem, (KVStoreError, Cancelled))):
+        if problem is not None and (needs or not isinstance(problem, (KVStoreError, DiskSilent, Cancelled))):
             raise problem
         return n_to_come

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import KVStoreError, NoSpace
+from edgert.errors import KVStoreError, NoSpace, is_full
 from edgert.uncached_file import METHODS, Method, UncachedFile
 from retrieval.arrays import Positions
 from retrieval.batched_reads import MAX_READS, BatchedReads
@@ -103,7 +103,7 @@ class RecordFile:
             if written < wanted:  # a full disk takes a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 disk = os.fstatvfs(self._file.fd)
                 free_bytes = disk.f_bavail * disk.f_frsize
                 raise NoSpace(str(self.path.parent), wanted, free_bytes) from error

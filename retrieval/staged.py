@@ -8,7 +8,6 @@ where prefill takes a minute.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ import numpy as np
 from edgert.architectures.base import Hyperparameters
 from edgert.engine.batch import Batch
 from edgert.engine.kv_cache import DenseKVCache
-from edgert.errors import KVStoreError, NoSpace
+from edgert.errors import KVStoreError, NoSpace, is_full
 from edgert.ggml.backend import Backend
 from edgert.ggml.graph import Context
 from retrieval.arrays import Halves
@@ -69,7 +68,7 @@ class LayerFile:
             try:
                 n = move(self._file.fileno(), [raw.data[done:]], offset + done)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if is_full(error):
                     free_bytes = shutil.disk_usage(self._directory).free
                     raise NoSpace(str(self._directory), len(raw) - done, free_bytes) from error
                 raise KVStoreError(str(self._directory), f"a prompt's keys and values: {error.strerror}") from error

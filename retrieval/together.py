@@ -16,9 +16,8 @@ from edgert.architectures.base import Architecture
 from edgert.engine.batch import Batch
 from edgert.engine.blockwise import BlockwiseGraphs
 from edgert.engine.collective import Collective
-from edgert.engine.engine import BetweenSteps, Engine, forward
+from edgert.engine.engine import Engine
 from edgert.engine.features import FeatureSink
-from edgert.engine.fused import State
 from edgert.engine.kv_cache import DenseKVCache, KVCache
 from edgert.engine.trace import OFF, Trace
 from edgert.engine.weights import WeightSource
@@ -38,10 +37,10 @@ class FollowingEngine(Engine):
 
     def __init__(self, arch: Architecture, weights: WeightSource, kv: DenseKVCache, backend: Backend,
                  collective: Collective, *, observed: frozenset[int] = frozenset(), batch_size: int = 512,
-                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF, features: FeatureSink | None = None,
-                 between_steps: BetweenSteps = lambda n_tokens, leaves_buffers: None) -> None:
+                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF,
+                 features: FeatureSink | None = None) -> None:
         super().__init__(arch, weights, kv, backend, collective=collective, batch_size=batch_size, fused=False,
-                         graphs=graphs, trace=trace, features=features, between_steps=between_steps)
+                         graphs=graphs, trace=trace, features=features)
         self._masked = MaskedKVCache(kv, arch.hp, observed)
         self._masked_graphs = BlockwiseGraphs(backend, arch, self._masked)
 
@@ -62,12 +61,9 @@ class FollowingEngine(Engine):
         return logits
 
     def _pass(self, batches: list[Batch], graphs: BlockwiseGraphs, kv: KVCache) -> Floats | None:
-        def through(states: Sequence[State]) -> None:
-            forward(states, self.arch, self.weights, kv, self.collective, self._features)
-
         graphs.is_alone = False
         with self._trace.span(f"{batches[0].phase} {sum(one.n_tokens for one in batches)}", "compute"):
-            return graphs.run(graphs.in_parts(batches), through, self._features)
+            return graphs.run(graphs.in_parts(batches), self._through(kv, self._features), self._features)
 
     def close(self) -> None:
         self._masked_graphs.close()

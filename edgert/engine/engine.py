@@ -39,13 +39,13 @@ class Engine:
 
     def __init__(self, arch: Architecture, weights: WeightSource, kv: KVCache, backend: Backend, *,
                  collective: Collective | None = None, batch_size: int = 512, fused: bool | None = None,
-                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF, features: FeatureSink | None = None,
-                 between_steps: BetweenSteps = lambda n_tokens, leaves_buffers: None) -> None:
+                 graphs: BlockwiseGraphs | None = None, trace: Trace = OFF,
+                 features: FeatureSink | None = None) -> None:
         self.arch, self.weights, self.kv, self.backend = arch, weights, kv, backend
         self.collective: Collective = collective or Solo()
         self.batch_size, self._trace, self._laps = batch_size, trace, Laps(weights)
         self._features = features
-        self.between_steps = between_steps
+        self.between_steps: BetweenSteps = lambda n_tokens, leaves_buffers: None
         alone = weights.resident and self.collective.world_size == 1
         whole = graphs is None and (alone if fused is None else fused)
         self._graphs = FusedGraphs(backend, arch, kv) if whole else graphs or BlockwiseGraphs(backend, arch, kv)
@@ -108,7 +108,11 @@ class Engine:
         return logits
 
     def _forward(self, states: Sequence[State]) -> None:
-        forward(states, self.arch, self.weights, self.kv, self.collective, self._features)
+        self._through(self.kv, self._features)(states)
+
+    def _through(self, kv: KVCache, features: FeatureSink | None) -> Callable[[Sequence[State]], None]:
+        """Every block, over that cache."""
+        return lambda states: forward(states, self.arch, self.weights, kv, self.collective, features)
 
     @property
     def selected_tokens(self) -> int | None:

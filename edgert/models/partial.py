@@ -7,7 +7,6 @@ Does not know where the bytes come from.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 
-from edgert.errors import ChecksumMismatch, DownloadError, NoSpace
+from edgert.errors import ChecksumMismatch, DownloadError, NoSpace, is_full
 from edgert.models.progress import Progress
 
 CHUNK_BYTES = 1 << 20
@@ -120,7 +119,7 @@ class PartialFile:
             while rest:  # a raw file may take less than it is given
                 rest = rest[self._file.write(rest) or 0:]
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
             directory = self.target.parent
             raise NoSpace(str(directory), size_bytes - self.size_bytes, free_bytes(directory)) from error

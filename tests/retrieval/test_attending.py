@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_head import head_selector, page_selector
 from retrieving import (
     FROM_TOKENS,
     answer,
-    head_selector,
     open_dense,
     open_retrieving,
-    page_selector,
     random_tokens,
     share_sets,
 )

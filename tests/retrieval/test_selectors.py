@@ -105,3 +105,5 @@ def test_pages_know_nothing_before_a_step_was_observed_and_little_of_what_came_a
     assert later.shape == (90,)
     assert (later[64:] == later.min()).all()
     assert selector.scores(40) is None, "what was seen is of a text that is no longer there"
+    selector.forget()
+    assert selector.scores(90) is None, "and so it is once another request begins"

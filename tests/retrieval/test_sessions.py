@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from retrieving import answer, head_selector, open_dense, open_retrieving, page_selector, random_tokens
+from random_head import head_selector, page_selector
+from retrieving import answer, open_dense, open_retrieving, random_tokens
 
 from edgert.engine.engine import Engine
 from edgert.errors import KVStoreError, NoSpace, UsageError

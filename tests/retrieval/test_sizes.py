@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from retrieving import RandomHead
+from random_head import RandomHead
 
 from edgert import Runtime
 from edgert.architectures.registry import open_architecture

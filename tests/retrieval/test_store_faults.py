@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from retrieving import answer, open_dense, open_retrieving, page_selector, random_tokens
+from random_head import page_selector
+from retrieving import answer, open_dense, open_retrieving, random_tokens
 
 from edgert.errors import DiskSilent, KVStoreError, NoSpace
 from retrieval import staged

@@ -9,48 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_head import head_selector, page_selector
 from ranks import Floats, open_engine, open_ranks, random_tokens, shards_of, step
 
-from edgert.architectures.base import Hyperparameters
 from edgert.engine.engine import Engine
 from edgert.engine.kv_cache import DenseKVCache
-from retrieval.choosing import page_layers
 from retrieval.masked import MaskedKVCache
 from retrieval.selection import Policy
-from retrieval.selectors import HeadSelector, PageSelector, Selector
 from retrieval.together import FollowingEngine, LeadingEngine
 
 TinyModel = Callable[..., Path]
 FROM_TOKENS, PROMPT = 200, random_tokens(420)
 POLICY = Policy(96, n_recent=16, least_mass=0.0)
 SIZES = {"n_heads": 8, "n_kv_heads": 4, "head_dim": 64, "hidden_size": 256, "ffn_size": 1024, "quantisation": "F32"}
-
-
-class RandomHead:
-    """Projections that no text has taught anything."""
-
-    feature_layers, dim, n_groups = (0,), 16, 1
-
-    def __init__(self, hidden_size: int) -> None:
-        rng = np.random.default_rng(7)
-        self._q, self._k = (rng.standard_normal((2 * hidden_size, self.dim), dtype=np.float32) / 8 for _ in range(2))
-
-    def project_queries(self, features: Floats, positions: Any) -> Floats:
-        return (features @ self._q)[:, None]
-
-    def project_keys(self, features: Floats, positions: Any) -> Floats:
-        return (features @ self._k)[:, None]
-
-    def scores(self, query: Floats, keys: Floats) -> Floats:
-        return keys @ query
-
-
-def head_selector(hp: Hyperparameters) -> Selector:
-    return HeadSelector(RandomHead(hp.hidden_size), 1024, hp.hidden_size)
-
-
-def page_selector(hp: Hyperparameters) -> Selector:
-    return PageSelector(page_layers(hp), hp.n_kv_heads, hp.head_dim, 1024)
 
 
 @contextmanager
@@ -61,7 +32,7 @@ def open_together(path: Path, directory: Path, weights: Sequence[float], selecto
         for rank, one in enumerate(opened):
             assert isinstance(one.kv, DenseKVCache)
             given = one.arch, one.weights, one.kv, one.backend, one.collective
-            engines.append(LeadingEngine(*given, selector(one.arch.hp), POLICY, FROM_TOKENS) if rank == 0
+            engines.append(LeadingEngine(*given, selector(one.arch.hp, 1024), POLICY, FROM_TOKENS) if rank == 0
                            else FollowingEngine(*given))
         try:
             yield engines
